@@ -1,0 +1,49 @@
+# Everything runs in $(VENV), made by $(PYTHON); change either on the command line:
+# PYTHON=python3.12 make test
+PYTHON ?= python3
+VENV ?= .venv
+NUMPY ?= numpy
+
+# Chainer's build needs an older setuptools: older pips read the first of these
+# variables for that, pip 26.2 and newer the second, those between both.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The environment is made anew when the interpreter or NumPy is another one.
+STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo 'make demo    set up $(VENV), train the example: plain and deformable model'
+	@echo 'make test    set up $(VENV), run the tests'
+	@echo 'make lint    check style and formatting'
+	@echo 'make format  put the formatting right'
+	@echo 'make clean   remove $(VENV) and what the other targets made'
+	@echo
+	@echo 'PYTHON=python3.12 make test    another interpreter'
+	@echo "NUMPY='numpy==1.26.*' make test    another NumPy"
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e '.[test,lint]' '$(NUMPY)'
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/python examples/digits/train.py --model plain deformable
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean:
+	rm -rf $(VENV) result build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,265 @@
+"""The layers of deformable convolution: with its offset convolution, and without."""
+
+from __future__ import annotations
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+from chainer import initializers
+
+from chainer_deform.functions.deformable_convolution_2d_sampler import (
+    deformable_convolution_2d_sampler,
+)
+from chainer_deform.sampling.geometry import Geometry, integer
+
+
+class DeformableConvolution2D(chainer.Chain):
+    """Deformable convolutional layer that predicts its offsets from its input.
+
+    An ordinary convolution, ``offset_conv``, predicts an offset in pixels for each
+    sampling point of ``deform_conv``, a deformable convolution of the same kernel,
+    stride, pad and dilation. Both read the layer's input.
+
+    The defaults follow the papers: ``offset_conv`` starts at zero, so that the layer
+    begins as a plain convolution, and the filter of ``deform_conv`` starts as that of
+    :class:`chainer.links.Convolution2D`. (Chainer's own layer has it the other way
+    round: its filter starts at zero and its offsets at random.)
+
+    Args:
+        in_channels (int or None): Number of input channels. If ``None``, the parameters
+            are initialised at the first call.
+        out_channels (int): Number of output channels.
+        ksize (int or pair of ints): Size ``(kh, kw)`` of the kernel.
+        stride (int or pair of ints): Step ``(sy, sx)`` between outputs, in pixels.
+        pad (int or pair of ints): Zeros ``(ph, pw)`` around the image, in pixels.
+        offset_nobias (bool): If ``True``, ``offset_conv`` has no bias.
+        offset_initialW (:ref:`initializer <initializer>`): Initialiser of
+            ``offset_conv/W``, of shape ``(offset channels, in_channels, kh, kw)``. Zero
+            if ``None``.
+        offset_initial_bias (:ref:`initializer <initializer>`): Initialiser of
+            ``offset_conv/b``. Zero if ``None``.
+        deform_nobias (bool): If ``True``, ``deform_conv`` has no bias.
+        deform_initialW (:ref:`initializer <initializer>`): Initialiser of
+            ``deform_conv/W``, of shape ``(out_channels, in_channels / groups, kh,
+            kw)``. :class:`~chainer.initializers.LeCunNormal` if ``None``.
+        deform_initial_bias (:ref:`initializer <initializer>`): Initialiser of
+            ``deform_conv/b``. Zero if ``None``.
+        dilate (int or pair of ints): Step ``(dy, dx)`` between taps, in pixels.
+        groups (int): Number of groups of channels that are convolved separately.
+        offset_groups (int): Number of groups of input channels with offsets (and a
+            mask) of their own.
+        modulated (bool): If ``True``, ``offset_conv`` predicts a modulation mask too
+            (version 2): ``mask_scale * sigmoid(its last offset_groups * kh * kw
+            channels)``.
+        mask_scale (float): The largest value of the mask. At the zero start the mask is
+            half of it: 0.5 for 1, as in the paper, and 1 for 2, with which a modulated
+            layer, too, begins as a plain convolution.
+
+    Raises:
+        TypeError, ValueError: An option is not made of ints or is out of range.
+
+    Differentiable once, deterministic on the CPU. Parameters: ``offset_conv/W``,
+    ``offset_conv/b``, ``deform_conv/W``, ``deform_conv/b``, so files of Chainer's own
+    layer can be loaded. See :func:`chainer_deform.optimizer_hooks.scale_updates` for a
+    learning rate of ``offset_conv``'s own.
+
+    See `Deformable Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ (Dai et
+    al.) and `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_ (Zhu et al.).
+
+    .. seealso:: :func:`chainer_deform.functions.deformable_convolution_2d_sampler`
+
+    .. admonition:: Example
+
+        >>> layer = DeformableConvolution2D(3, 8, 3, stride=2, pad=1, modulated=True)
+        >>> x = np.random.uniform(0, 1, (2, 3, 10, 14)).astype(np.float32)
+        >>> layer(x).shape
+        (2, 8, 5, 7)
+        >>> layer.offset_conv.W.shape
+        (27, 3, 3, 3)
+
+    """
+
+    def __init__(
+        self,
+        in_channels: int | None,
+        out_channels: int,
+        ksize,
+        stride=1,
+        pad=0,
+        offset_nobias: bool = False,
+        offset_initialW=None,
+        offset_initial_bias=None,
+        deform_nobias: bool = False,
+        deform_initialW=None,
+        deform_initial_bias=None,
+        *,
+        dilate=1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        modulated: bool = False,
+        mask_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.modulated = modulated
+        self.mask_scale = mask_scale
+        if in_channels is not None:
+            in_channels = integer('in_channels', in_channels, minimum=1)
+        geometry = Geometry(ksize, stride, pad, dilate, groups, offset_groups)
+        with self.init_scope():
+            self.offset_conv = L.Convolution2D(
+                in_channels,
+                (3 if modulated else 2) * geometry.offset_groups * geometry.taps,
+                ksize,
+                stride,
+                pad,
+                offset_nobias,
+                0 if offset_initialW is None else offset_initialW,
+                offset_initial_bias,
+                dilate=dilate,
+            )
+            self.deform_conv = DeformableConvolution2DSampler(
+                in_channels,
+                out_channels,
+                ksize,
+                stride,
+                pad,
+                deform_nobias,
+                deform_initialW,
+                deform_initial_bias,
+                dilate=dilate,
+                groups=groups,
+                offset_groups=offset_groups,
+            )
+
+    def forward(self, x) -> chainer.Variable:
+        """Applies the layer to ``x (n, in_channels, h, w)``.
+
+        Returns:
+            ~chainer.Variable: ``y`` of shape ``(n, out_channels, out_h, out_w)``.
+
+        """
+        offset = self.offset_conv(x)
+        if not self.modulated:
+            return self.deform_conv(x, offset)
+        offset, mask = F.split_axis(offset, [offset.shape[1] // 3 * 2], axis=1)
+        return self.deform_conv(x, offset, F.sigmoid(mask) * self.mask_scale)
+
+
+class DeformableConvolution2DSampler(chainer.Link):
+    """Deformable convolutional layer that is given its offsets.
+
+    Args:
+        in_channels (int or None): Number of input channels. If ``None``, the filter is
+            initialised at the first call.
+        out_channels (int): Number of output channels.
+        ksize (int or pair of ints): Size ``(kh, kw)`` of the kernel.
+        stride (int or pair of ints): Step ``(sy, sx)`` between outputs, in pixels.
+        pad (int or pair of ints): Zeros ``(ph, pw)`` around the image, in pixels.
+        nobias (bool): If ``True``, the layer has no bias.
+        initialW (:ref:`initializer <initializer>`): Initialiser of the filter ``W``, of
+            shape ``(out_channels, in_channels / groups, kh, kw)``.
+            :class:`~chainer.initializers.LeCunNormal` if ``None``.
+        initial_bias (:ref:`initializer <initializer>`): Initialiser of the bias ``b``.
+            Zero if ``None``.
+        dilate (int or pair of ints): Step ``(dy, dx)`` between taps, in pixels.
+        groups (int): Number of groups of channels that are convolved separately.
+        offset_groups (int): Number of groups of input channels with offsets (and a
+            mask) of their own.
+
+    Raises:
+        TypeError, ValueError: An option is not made of ints or is out of range.
+
+    Differentiable once, deterministic on the CPU. Parameters: ``W``, ``b``.
+
+    .. seealso:: :func:`chainer_deform.functions.deformable_convolution_2d_sampler`
+
+    .. admonition:: Example
+
+        >>> layer = DeformableConvolution2DSampler(None, 8, (3, 5), pad=(1, 2))
+        >>> x = np.random.uniform(0, 1, (2, 3, 6, 7)).astype(np.float32)
+        >>> offset = np.zeros((2, 2 * 3 * 5, 6, 7), np.float32)
+        >>> layer(x, offset).shape
+        (2, 8, 6, 7)
+
+    """
+
+    def __init__(
+        self,
+        in_channels: int | None,
+        out_channels: int,
+        ksize,
+        stride=1,
+        pad=0,
+        nobias: bool = False,
+        initialW=None,
+        initial_bias=None,
+        *,
+        dilate=1,
+        groups: int = 1,
+        offset_groups: int = 1,
+    ) -> None:
+        super().__init__()
+        if in_channels is not None:
+            in_channels = integer('in_channels', in_channels, minimum=1)
+        geometry = Geometry(ksize, stride, pad, dilate, groups, offset_groups)
+        self.in_channels = in_channels
+        self.out_channels = integer('out_channels', out_channels, minimum=1)
+        self.ksize = geometry.kh, geometry.kw
+        self.stride = geometry.sy, geometry.sx
+        self.pad = geometry.ph, geometry.pw
+        self.dilate = geometry.dy, geometry.dx
+        self.groups = geometry.groups
+        self.offset_groups = geometry.offset_groups
+        with self.init_scope():
+            self.W = chainer.Parameter(initializers._get_initializer(initialW))
+            self.b = None
+            if not nobias:
+                bias_initializer = initializers._get_initializer(
+                    0 if initial_bias is None else initial_bias
+                )
+                self.b = chainer.Parameter(bias_initializer, self.out_channels)
+        if in_channels is not None:
+            self._initialize_params(in_channels)
+
+    @property
+    def printable_specs(self):
+        for name in (
+            'in_channels',
+            'out_channels',
+            'ksize',
+            'stride',
+            'pad',
+            'dilate',
+            'groups',
+            'offset_groups',
+        ):
+            yield name, getattr(self, name)
+        yield 'nobias', self.b is None
+
+    def _initialize_params(self, in_channels: int) -> None:
+        geometry = Geometry(
+            self.ksize, groups=self.groups, offset_groups=self.offset_groups
+        )
+        self.W.initialize(geometry.W_shape(in_channels, self.out_channels))
+
+    def forward(self, x, offset, mask=None) -> chainer.Variable:
+        """Applies the layer; the shapes are those of the function.
+
+        Returns:
+            ~chainer.Variable: ``y`` of shape ``(n, out_channels, out_h, out_w)``.
+
+        """
+        if self.W.array is None:
+            self._initialize_params(x.shape[1])
+        return deformable_convolution_2d_sampler(
+            x,
+            offset,
+            self.W,
+            self.b,
+            self.stride,
+            self.pad,
+            mask=mask,
+            dilate=self.dilate,
+            groups=self.groups,
+            offset_groups=self.offset_groups,
+        )

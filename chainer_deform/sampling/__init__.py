@@ -1,0 +1,1 @@
+"""The bilinear sampler, written once per backend: arrays in, arrays out."""

@@ -1,0 +1,133 @@
+"""What a deformable convolution looks like, and every check of it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+from chainer.utils import type_check
+
+
+class Geometry:
+    """Kernel, stride, pad, dilate, groups and offset groups of one convolution.
+
+    Args:
+        ksize: Size ``(kh, kw)`` of the kernel, an int or a pair of ints.
+        stride: Step ``(sy, sx)`` between outputs, likewise, in pixels.
+        pad: Zeros ``(ph, pw)`` around the image, likewise, in pixels.
+        dilate: Step ``(dy, dx)`` between taps, likewise, in pixels.
+        groups: Number of groups of channels that are convolved separately.
+        offset_groups: Number of groups of input channels with offsets of their own.
+
+    Raises:
+        TypeError: An option is not made of ints.
+        ValueError: An option is out of range.
+
+    """
+
+    def __init__(
+        self, ksize, stride=1, pad=0, dilate=1, groups: int = 1, offset_groups: int = 1
+    ) -> None:
+        self.kh, self.kw = _pair('ksize', ksize, minimum=1)
+        self.sy, self.sx = _pair('stride', stride, minimum=1)
+        self.ph, self.pw = _pair('pad', pad, minimum=0)
+        self.dy, self.dx = _pair('dilate', dilate, minimum=1)
+        self.groups = integer('groups', groups, minimum=1)
+        self.offset_groups = integer('offset_groups', offset_groups, minimum=1)
+        self.taps = self.kh * self.kw
+
+    def W_shape(self, c: int, out_c: int) -> tuple[int, int, int, int]:
+        """Shape of the filter from ``c`` to ``out_c`` channels.
+
+        Raises:
+            ValueError: The groups or offset groups do not divide the channels.
+
+        """
+        for option, count, what, channels in (
+            ('groups', self.groups, 'input', c),
+            ('groups', self.groups, 'output', out_c),
+            ('offset_groups', self.offset_groups, 'input', c),
+        ):
+            if channels < 1 or channels % count:
+                raise ValueError(
+                    f'{option} must divide the number of {what} channels, '
+                    f'but {option} is {count} and there are {channels}'
+                )
+        return out_c, c // self.groups, self.kh, self.kw
+
+    def out_size(self, h: int, w: int) -> tuple[int, int]:
+        """Output size ``(out_h, out_w)`` for images of ``h`` by ``w`` pixels."""
+        return (
+            (h + 2 * self.ph - self.dy * (self.kh - 1) - 1) // self.sy + 1,
+            (w + 2 * self.pw - self.dx * (self.kw - 1) - 1) // self.sx + 1,
+        )
+
+    def check_arrays(self, types: Mapping) -> None:
+        """Checks shapes and dtypes, by argument name.
+
+        Args:
+            types: Maps ``x``, ``offset``, ``W`` and, where given, ``mask`` and ``b`` to
+                what :meth:`chainer.FunctionNode.check_type_forward` receives.
+
+        Raises:
+            chainer.utils.type_check.InvalidType: A shape or dtype is wrong.
+            ValueError: The groups or offset groups do not divide the channels.
+
+        """
+        shapes = {}
+        for name, array_type in types.items():
+            shapes[name] = type_check.eval(array_type.shape)
+            dtype = type_check.eval(array_type.dtype)
+            if dtype.kind != 'f':
+                raise type_check.InvalidType(
+                    f'{name}.dtype is float16, float32 or float64',
+                    f'{name}.dtype == {dtype}',
+                )
+
+        out_c, group_c = shapes['W'][:2]
+        c = group_c * self.groups
+        self.W_shape(c, out_c)
+        x_shape = shapes['x']
+        if len(x_shape) != 4 or x_shape[1] != c or min(x_shape[2:]) < 1:
+            raise type_check.InvalidType(
+                f'x.shape == (n, {c}, h, w) with h, w >= 1 '
+                f'for W.shape == {shapes["W"]} and groups == {self.groups}',
+                f'x.shape == {x_shape}',
+            )
+        n, _, h, w = x_shape
+        out_h, out_w = self.out_size(h, w)
+        if out_h < 1 or out_w < 1:
+            raise type_check.InvalidType(
+                'x.shape[2:] + 2 * pad >= dilate * (W.shape[2:] - 1) + 1',
+                f'x.shape == {x_shape} and W.shape == {shapes["W"]} with '
+                f'pad == {self.ph, self.pw} and dilate == {self.dy, self.dx}',
+            )
+
+        taps = self.offset_groups * self.taps
+        for name, shape in (
+            ('offset', (n, 2 * taps, out_h, out_w)),
+            ('mask', (n, taps, out_h, out_w)),
+            ('b', (out_c,)),
+        ):
+            if shapes.get(name, shape) != shape:
+                raise type_check.InvalidType(
+                    f'{name}.shape == {shape}', f'{name}.shape == {shapes[name]}'
+                )
+
+
+def _pair(name: str, value, minimum: int) -> tuple[int, int]:
+    """An int or a pair of ints as a pair of ints; ``name`` is for the error."""
+    if hasattr(value, '__len__') and len(value) == 2:
+        return tuple(integer(name, v, minimum) for v in value)
+    return (integer(name, value, minimum, 'an int or a pair of ints'),) * 2
+
+
+def integer(name: str, value, minimum: int, expected: str = 'an int') -> int:
+    """``value`` as an int of at least ``minimum``; ``name`` is for the error."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f'{name} must be {expected}, not {value!r}') from None
+    if number < minimum:
+        raise ValueError(f'{name} must be at least {minimum}, not {value!r}')
+    return number

@@ -1,0 +1,48 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+import runpy
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = runpy.run_path(str(here / 'chainer_deform' / '_version.py'))['__version__']
+
+plot = ['matplotlib>=3.5']
+examples = ['scikit-learn>=1.1', *plot]
+test = ['pytest>=7', 'pytest-xdist>=3', 'hypothesis>=6.80', 'h5py>=3.7', *examples]
+
+setup(
+    name='chainer-deform',
+    version=version,
+    description="Deformable convolution for Chainer, on today's Python and NumPy",
+    long_description=(here / 'README.rst').read_text(encoding='utf-8'),
+    long_description_content_type='text/x-rst',
+    license='MIT',
+    packages=find_packages(include=['chainer_deform', 'chainer_deform.*']),
+    python_requires='>=3.9',
+    install_requires=['chainer==7.8.1', 'numpy>=1.23', 'scipy>=1.8'],
+    extras_require={
+        'cuda': ['cupy>=12,<15'],
+        'plot': plot,
+        'examples': examples,
+        'test': test,
+        'lint': ['ruff==0.17.6'],
+    },
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'License :: OSI Approved :: MIT License',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+)

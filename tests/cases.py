@@ -1,0 +1,126 @@
+"""The geometries that every backend is tested with, and random arrays for them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy
+
+
+@dataclasses.dataclass
+class Case:
+    """One geometry; all of them are asymmetric, so that swapped axes cannot hide."""
+
+    n: int = 2
+    c: int = 3
+    out_c: int = 4
+    size: tuple[int, int] = (5, 7)
+    ksize: tuple[int, int] = (3, 2)
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (0, 0)
+    dilate: tuple[int, int] = (1, 1)
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = False
+    bias: bool = True
+
+    @property
+    def options(self) -> dict:
+        return {
+            name: getattr(self, name)
+            for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
+        }
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        return tuple(
+            (size + 2 * pad - dilate * (ksize - 1) - 1) // stride + 1
+            for size, ksize, stride, pad, dilate in zip(
+                self.size, self.ksize, self.stride, self.pad, self.dilate
+            )
+        )
+
+    def arrays(self, dtype='float64', offset_dtype=None, seed=0) -> dict:
+        """Random arguments by name. The points are up to 2 pixels off the grid, and 0.1
+        or more clear of lattice lines."""
+        random = numpy.random.RandomState(seed)
+        taps = self.offset_groups * self.ksize[0] * self.ksize[1]
+        offset_shape = (self.n, 2 * taps, *self.out_size)
+        arrays = {
+            'x': random.uniform(-1, 1, (self.n, self.c, *self.size)),
+            'offset': (
+                random.randint(-2, 2, offset_shape)
+                + random.uniform(0.1, 0.9, offset_shape)
+            ),
+            'W': random.uniform(
+                -1, 1, (self.out_c, self.c // self.groups, *self.ksize)
+            ),
+        }
+        if self.mask:
+            arrays['mask'] = random.uniform(0, 2, (self.n, taps, *self.out_size))
+        if self.bias:
+            arrays['b'] = random.uniform(-1, 1, self.out_c)
+        dtypes = dict.fromkeys(('offset', 'mask'), offset_dtype or dtype)
+        return {
+            name: array.astype(dtypes.get(name, dtype))
+            for name, array in arrays.items()
+        }
+
+    def gy(self, dtype='float64', seed=1):
+        shape = (self.n, self.out_c, *self.out_size)
+        return numpy.random.RandomState(seed).uniform(-1, 1, shape).astype(dtype)
+
+
+CASES = {
+    'plain': Case(),
+    'no bias': Case(bias=False),
+    'stride, pad': Case(size=(6, 9), stride=(2, 1), pad=(1, 3)),
+    'dilate': Case(size=(7, 8), dilate=(2, 3), pad=(2, 1), stride=(1, 2)),
+    'mask': Case(mask=True, pad=(0, 1)),
+    'groups': Case(c=6, out_c=4, groups=2, pad=(1, 0)),
+    'offset groups': Case(c=6, offset_groups=3, pad=(1, 0), mask=True),
+    'all': Case(
+        n=3,
+        c=6,
+        out_c=4,
+        size=(6, 5),
+        ksize=(2, 3),
+        stride=(2, 1),
+        pad=(1, 2),
+        dilate=(3, 2),
+        groups=2,
+        offset_groups=3,
+        mask=True,
+    ),
+    'depthwise': Case(c=4, out_c=8, groups=4, offset_groups=2, pad=(1, 1)),
+    '1 x 1 kernel': Case(ksize=(1, 1), stride=(2, 3)),
+    '1 x 1 image': Case(size=(1, 1), pad=(1, 2), mask=True),
+    'one column': Case(size=(6, 1), ksize=(3, 1), pad=(2, 0)),
+    'large pad': Case(size=(3, 2), pad=(4, 5), stride=(3, 4)),
+    'large kernel': Case(
+        n=1, c=2, out_c=2, size=(31, 40), ksize=(30, 28), stride=(10, 9), pad=(7, 3)
+    ),
+    'empty batch': Case(n=0, mask=True),
+}
+
+#: Largest error, relative to the largest number expected: a rounding for float16, whose
+#: sums are float32, and about 100 for the others.
+TOLERANCES = {'float16': 1e-3, 'float32': 1e-5, 'float64': 2e-14}
+
+
+def assert_close(actual, expected, name: str, dtype=None) -> None:
+    """Compares under the tolerance of ``dtype``, by default that of ``actual``."""
+    assert actual.shape == expected.shape, name
+    scale = max(
+        1,
+        numpy.abs(
+            expected, where=numpy.isfinite(expected), out=numpy.zeros(expected.shape)
+        ).max(initial=0),
+    )
+    numpy.testing.assert_allclose(
+        actual.astype('float64'),
+        expected.astype('float64'),
+        rtol=0,
+        atol=TOLERANCES[str(dtype or actual.dtype)] * scale,
+        err_msg=name,
+    )

@@ -1,0 +1,603 @@
+import tracemalloc
+
+import chainer
+import chainer.functions as F
+import numpy
+import pytest
+from chainer import gradient_check
+from chainer.utils import type_check
+
+from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform.functions.deformable_convolution_2d_sampler import (
+    DeformableConvolution2DSampler,
+)
+from chainer_deform.sampling import cpu
+from chainer_deform.sampling.geometry import Geometry
+from tests import reference
+from tests.cases import CASES, Case, assert_close
+
+every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+
+
+def run(arrays, options, gy=None, wanted=None):
+    """The output and, given ``gy``, the gradients by name."""
+    variables = {
+        name: chainer.Variable(array, requires_grad=wanted is None or name in wanted)
+        for name, array in arrays.items()
+    }
+    y = deformable_convolution_2d_sampler(**variables, **options)
+    if gy is None:
+        return y.array
+    y.grad = gy
+    y.backward()
+    return y.array, {name: variable.grad for name, variable in variables.items()}
+
+
+class TestAgainstOracle:
+    @every_case
+    @pytest.mark.parametrize(
+        ('dtype', 'offset_dtype'),
+        [
+            ('float64', 'float64'),
+            ('float32', 'float32'),
+            ('float16', 'float16'),
+            ('float16', 'float32'),
+            ('float32', 'float64'),
+            ('float64', 'float16'),
+        ],
+    )
+    def test_output_and_gradients(self, case, dtype, offset_dtype):
+        arrays, gy = case.arrays(dtype, offset_dtype), case.gy(dtype)
+        y, gradients = run(arrays, case.options, gy)
+        expected_y, expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **case.options, gy=gy
+        )
+        assert y.dtype == dtype
+        assert_close(y, expected_y, 'y')
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            assert gradient.dtype == arrays[name].dtype, name
+            # What is computed in float32 is no better for being stored in float64.
+            worst = min(dtype, offset_dtype, key=lambda d: numpy.dtype(d).itemsize)
+            assert_close(gradient, expected[name], name, worst)
+
+    @pytest.mark.parametrize('name', ['plain', 'all', '1 x 1 image'])
+    def test_finite_differences(self, name):
+        case = CASES[name]
+        arrays, gy = case.arrays(), case.gy()
+        _, gradients = run(arrays, case.options, gy)
+        expected = gradient_check.numerical_grad(
+            lambda: (run(arrays, case.options),),
+            tuple(arrays.values()),
+            (gy,),
+            eps=1e-4,
+        )
+        for (name, gradient), numerical in zip(gradients.items(), expected):
+            numpy.testing.assert_allclose(
+                gradient, numerical, rtol=0, atol=1e-9, err_msg=name
+            )
+
+    def test_points_on_lattice_lines(self):
+        """Whole offsets, among them points at exactly -1 and at the image's sides."""
+        case = CASES['mask']
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        arrays['offset'] = numpy.round(arrays['offset'] * 3)
+        y, gradients = run(arrays, case.options, gy)
+        expected_y, expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **case.options, gy=gy
+        )
+        assert_close(y, expected_y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected[name], name)
+
+
+class TestKnownAnswers:
+    @pytest.mark.parametrize('name', [name for name in CASES if name != 'empty batch'])
+    def test_zero_offset_is_a_convolution(self, name):
+        case = CASES[name]
+        arrays = case.arrays()
+        arrays['offset'][...] = 0
+        arrays.pop('mask', None)
+        expected = F.convolution_2d(
+            arrays['x'],
+            arrays['W'],
+            arrays.get('b'),
+            case.stride,
+            case.pad,
+            dilate=case.dilate,
+            groups=case.groups,
+        ).array
+        assert_close(run(arrays, case.options), expected, 'y')
+
+    @pytest.mark.parametrize(('shift_y', 'shift_x'), [(1, 0), (0, -2), (-3, 2)])
+    def test_whole_offsets_shift_the_image(self, shift_y, shift_x):
+        case = Case(size=(9, 8), pad=(1, 2))
+        arrays = case.arrays()
+        taps = case.ksize[0] * case.ksize[1]
+        arrays['offset'][:, :taps] = shift_x
+        arrays['offset'][:, taps:] = shift_y
+        y = run(arrays, case.options)
+        shifted = numpy.zeros((*arrays['x'].shape[:2], 9 + 12, 8 + 12))
+        shifted[:, :, 6 - shift_y :, 6 - shift_x :][:, :, :9, :8] = arrays['x']
+        expected = F.convolution_2d(
+            shifted, arrays['W'], arrays['b'], pad=case.pad
+        ).array
+        assert_close(y, expected[:, :, 6 : 6 + y.shape[2], 6 : 6 + y.shape[3]], 'y')
+
+    def test_ramp_is_sampled_exactly(self):
+        case = Case(n=1, c=1, out_c=1, size=(11, 12), ksize=(1, 1), bias=False)
+        v, u = numpy.mgrid[2:8, 2:9]
+        arrays = {
+            'x': 3 + 2 * numpy.mgrid[:11, :12][0] - 5 * numpy.mgrid[:11, :12][1] * 1.0,
+            'offset': numpy.random.RandomState(0).uniform(-2, 2, (2, 11, 12)),
+            'W': numpy.ones((1, 1, 1, 1)),
+        }
+        arrays['x'], arrays['offset'] = arrays['x'][None, None], arrays['offset'][None]
+        y, gradients = run(arrays, case.options, numpy.ones((1, 1, 11, 12)))
+        moved_u = u + arrays['offset'][0, 0, 2:8, 2:9]
+        moved_v = v + arrays['offset'][0, 1, 2:8, 2:9]
+        assert_close(y[0, 0, 2:8, 2:9], 3 + 2 * moved_v - 5 * moved_u, 'y')
+        assert_close(gradients['offset'][0, 0, 2:8, 2:9], numpy.full((6, 7), -5.0), 'x')
+        assert_close(gradients['offset'][0, 1, 2:8, 2:9], numpy.full((6, 7), 2.0), 'y')
+
+    def test_size_of_the_documented_example(self):
+        y = deformable_convolution_2d_sampler(
+            numpy.zeros((2, 3, 4, 7), 'f'),
+            numpy.zeros((2, 18, 2, 5), 'f'),
+            numpy.zeros((4, 3, 3, 3), 'f'),
+            numpy.zeros(4, 'f'),
+        )
+        assert y.shape == (2, 4, 2, 5)
+
+    def test_same_as_chainers_own_function(self):
+        """Its arguments by position, at the precision that Chainer's own has."""
+        case = Case(size=(6, 9), stride=(2, 1), pad=(1, 2))
+        arrays = case.arrays('float32')
+        arguments = (*arrays.values(), case.stride, case.pad)
+        y = deformable_convolution_2d_sampler(*arguments).array
+        expected = F.deformable_convolution_2d_sampler(*arguments).array
+        numpy.testing.assert_allclose(y, expected, atol=1e-4)
+
+    @pytest.mark.parametrize('size', [(64, 48), (1024, 1024)])
+    def test_half_precision_far_from_the_origin(self, size):
+        """Half-precision coordinates would be whole numbers beyond 1024."""
+        case = Case(n=1, c=2, out_c=2, size=size, ksize=(3, 3), pad=(1, 1))
+        arrays = case.arrays('float16')
+        arrays['offset'][...] = 0
+        expected = F.convolution_2d(
+            *(arrays[name].astype('float64') for name in ('x', 'W', 'b')), pad=1
+        ).array
+        error = numpy.abs(run(arrays, case.options) - expected).max()
+        assert error < 0.01 * numpy.abs(expected).max()
+
+    def test_float32_coordinates_lose_nothing_far_from_the_origin(self):
+        """The offset, not the coordinate, is split into pixel and fraction."""
+        x = numpy.zeros((1, 1, 1, 4096), 'f')
+        x[..., -2:] = 1, 2
+        offset = numpy.zeros((1, 2, 1, 4096), 'f')
+        offset[0, 0, 0, -2] = 2.0**-20
+        y = run({'x': x, 'offset': offset, 'W': numpy.ones((1, 1, 1, 1), 'f')}, {})
+        assert y[0, 0, 0, -2] == 1 + 2.0**-20
+
+
+class TestNotFinite:
+    """NaN, infinity and huge numbers, on an image of 5 x 7 with a 3 x 2 kernel."""
+
+    case = Case(n=2, c=2, out_c=3, pad=(1, 0), mask=True)
+
+    def run(self, arrays):
+        y, gradients = run(arrays, self.case.options, self.case.gy())
+        expected_y, expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **self.case.options, gy=self.case.gy()
+        )
+        assert_close(y, expected_y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected[name], name)
+        return y, gradients
+
+    @pytest.mark.parametrize(
+        'value',
+        [
+            numpy.inf,
+            -numpy.inf,
+            3e38,
+            -3e38,
+            1e300,
+            -1e300,
+            2.0**31,
+            -(2.0**31),
+            2.0**63,
+            -(2.0**63),
+            1e9,
+            -1e9,
+        ],
+    )
+    def test_infinite_or_huge_offset_is_outside(self, value):
+        arrays = self.case.arrays()
+        arrays['offset'][1, :, 2, 3] = value
+        y, gradients = self.run(arrays)
+        numpy.testing.assert_array_equal(y[1, :, 2, 3], arrays['b'])
+        assert not gradients['offset'][1, :, 2, 3].any()
+        assert not gradients['mask'][1, :, 2, 3].any()
+
+    @pytest.mark.parametrize('dtype', ['float16', 'float32'])
+    def test_largest_offsets_of_other_dtypes(self, dtype):
+        arrays = self.case.arrays(dtype)
+        for position, value in enumerate(
+            (numpy.finfo(dtype).max, numpy.finfo(dtype).min, numpy.inf, -numpy.inf)
+        ):
+            arrays['offset'][0, :, 0, position] = value
+        y = run(arrays, self.case.options)
+        numpy.testing.assert_array_equal(
+            y[0, :, 0, :4], numpy.repeat(arrays['b'][:, None], 4, axis=1)
+        )
+
+    @pytest.mark.parametrize('channel', [0, 7])  # a horizontal, a vertical one
+    @pytest.mark.parametrize('other', [0.5, 100.0, numpy.inf])
+    def test_nan_offset_spoils_its_own_pixel_only(self, channel, other):
+        arrays = self.case.arrays()
+        clean_y, _ = self.run(arrays)
+        arrays['offset'][1, (channel + 6) % 12, 2, 3] = other
+        arrays['offset'][1, channel, 2, 3] = numpy.nan
+        y, gradients = self.run(arrays)
+        spoilt = numpy.zeros(y.shape, bool)
+        spoilt[1, :, 2, 3] = True
+        numpy.testing.assert_array_equal(numpy.isnan(y), spoilt)
+        numpy.testing.assert_array_equal(y[~spoilt], clean_y[~spoilt])
+        assert numpy.isfinite(gradients['x']).all()
+        assert numpy.isnan(gradients['offset']).sum() == 2
+
+    @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, numpy.nan])
+    def test_untouched_pixel_never_reaches_the_output(self, value):
+        """Neither beside the points nor where a masked-out corner would be read."""
+        case = Case(n=1, c=1, out_c=1, size=(4, 5), ksize=(1, 1), pad=(0, 0))
+        arrays = case.arrays()
+        arrays['offset'][...] = 0.5
+        arrays['offset'][0, :, 0, :] = -1.5  # outside, next to the pixels (0, *)
+        arrays['offset'][0, :, 1:, 0] = 10
+        arrays['x'][0, 0, :2, 0] = value  # touched by no point
+        arrays['x'][0, 0, 0, :] = value
+        y, gradients = run(arrays, case.options, case.gy())
+        assert numpy.isfinite(y).all()
+        for name in 'offset', 'W', 'x':
+            assert numpy.isfinite(gradients[name]).all(), name
+
+    def test_infinite_pixel_spreads_to_those_who_read_it(self):
+        arrays = self.case.arrays()
+        arrays['x'][0, 1, 2, 2] = numpy.inf
+        y = run(arrays, self.case.options)
+        expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **self.case.options
+        )
+        assert not numpy.isfinite(expected).all()
+        numpy.testing.assert_array_equal(numpy.isfinite(y), numpy.isfinite(expected))
+        assert numpy.isfinite(y[1]).all()
+
+    def test_points_at_minus_one_pass_no_gradient(self):
+        case = Case(n=1, c=1, out_c=1, size=(3, 4), ksize=(1, 1), bias=False)
+        arrays = case.arrays()
+        arrays['offset'][0, 0] = -1 - numpy.arange(4.0)  # u == -1
+        arrays['offset'][0, 1] = 0.25
+        y, gradients = run(arrays, case.options, case.gy())
+        assert not y.any()
+        assert not gradients['offset'].any()
+
+
+class TestArrays:
+    def test_batch_does_not_matter(self):
+        case = Case(n=37, mask=True, pad=(1, 1))
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        y, gradients = run(arrays, case.options, gy)
+        per_image = 'x', 'offset', 'mask'
+        summed = {name: 0 for name in ('W', 'b')}
+        for i in range(37):
+            one = {
+                name: array[i : i + 1] if name in per_image else array
+                for name, array in arrays.items()
+            }
+            one_y, one_gradients = run(one, case.options, gy[i : i + 1])
+            assert_close(one_y[0], y[i], 'y')
+            for name in per_image:
+                assert_close(one_gradients[name][0], gradients[name][i], name)
+            for name in summed:
+                summed[name] = summed[name] + one_gradients[name]
+        for name, gradient in summed.items():
+            assert_close(gradient, gradients[name], name)
+
+    @pytest.mark.parametrize('piece_bytes', [1, 5_000, 40_000])
+    @every_case
+    def test_piece_size_does_not_matter(self, case, piece_bytes, monkeypatch):
+        arrays, gy = case.arrays(), case.gy()
+        y, gradients = run(arrays, case.options, gy)
+        monkeypatch.setattr(cpu, 'PIECE_BYTES', piece_bytes)
+        pieced_y, pieced = run(arrays, case.options, gy)
+        assert_close(pieced_y, y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(pieced[name], gradient, name)
+
+    def test_deterministic(self):
+        case = CASES['all']
+        first, again = (
+            run(case.arrays('float32'), case.options, case.gy('float32'))
+            for _ in range(2)
+        )
+        numpy.testing.assert_array_equal(first[0], again[0])
+        for name, gradient in first[1].items():
+            numpy.testing.assert_array_equal(gradient, again[1][name], name)
+
+    @every_case
+    def test_inputs_are_never_written_to(self, case):
+        arrays, gy = case.arrays(), case.gy()
+        copies = {name: array.copy() for name, array in arrays.items()}
+        for array in (*arrays.values(), gy):
+            array.setflags(write=False)
+        run(arrays, case.options, gy)
+        for name, array in arrays.items():
+            numpy.testing.assert_array_equal(array, copies[name], name)
+
+    @pytest.mark.parametrize('name', ['plain', 'all', 'depthwise'])
+    def test_memory_order_does_not_matter(self, name):
+        case = CASES[name]
+        arrays, gy = case.arrays(), case.gy()
+        y, gradients = run(arrays, case.options, gy)
+        strided = {
+            name: numpy.repeat(array, 2, axis=-1)[..., ::2]
+            for name, array in arrays.items()
+        }
+        fortran = {name: numpy.asfortranarray(array) for name, array in arrays.items()}
+        for other in strided, fortran:
+            other_y, other_gradients = run(
+                other, case.options, numpy.asfortranarray(gy)
+            )
+            assert_close(other_y, y, 'y')
+            for name, gradient in other_gradients.items():
+                assert_close(gradient, gradients[name], name)
+
+    def test_arrays_and_variables(self):
+        case = CASES['mask']
+        arrays = case.arrays()
+        y = deformable_convolution_2d_sampler(**arrays, **case.options)
+        assert isinstance(y, chainer.Variable)
+        numpy.testing.assert_array_equal(y.array, run(arrays, case.options))
+
+    def test_columns_are_neither_kept_nor_whole(self):
+        """The columns of this image would take 151 MB."""
+        case = Case(n=1, c=64, out_c=2, size=(256, 256), ksize=(3, 3), pad=(1, 1))
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        own = sum(array.nbytes for array in arrays.values())
+        tracemalloc.start()
+        try:
+            variables = [chainer.Variable(array) for array in arrays.values()]
+            y = deformable_convolution_2d_sampler(*variables, **case.options)
+            kept, peak = tracemalloc.get_traced_memory()
+            assert kept < 1.5 * y.array.nbytes
+            # A channels-last copy of the image and the pieces.
+            assert peak < own + 2 * cpu.PIECE_BYTES
+            tracemalloc.reset_peak()
+            y.grad = gy
+            y.backward()
+            # That copy, its gradient, the gradients themselves.
+            assert tracemalloc.get_traced_memory()[1] < 4 * own + 3 * cpu.PIECE_BYTES
+        finally:
+            tracemalloc.stop()
+
+    def test_single_positions_stay_within_the_budget(self):
+        """One row of outputs alone would have columns of 26 MB."""
+        case = Case(n=1, c=128, out_c=1, size=(7, 512), ksize=(5, 20), stride=(1, 1))
+        arrays = case.arrays('float32')
+        tracemalloc.start()
+        try:
+            run(arrays, case.options)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < arrays['x'].nbytes + 2 * cpu.PIECE_BYTES
+
+
+class TestGraph:
+    @pytest.mark.parametrize(
+        'wanted',
+        [
+            ('x',),
+            ('offset',),
+            ('mask',),
+            ('W',),
+            ('b',),
+            ('offset', 'mask'),
+            ('W', 'b'),
+            ('x', 'b'),
+            ('mask', 'W'),
+        ],
+    )
+    def test_only_the_gradients_asked_for(self, wanted, monkeypatch):
+        case = CASES['all']
+        arrays, gy = case.arrays(), case.gy()
+        _, expected = run(arrays, case.options, gy)
+        called = []
+
+        def record(method):
+            original = getattr(cpu._Taps, method)
+            monkeypatch.setattr(
+                cpu._Taps,
+                method,
+                lambda *args: called.append(method) or original(*args),
+            )
+
+        for method in 'sample', 'scatter', 'slopes':
+            record(method)
+        _, gradients = run(arrays, case.options, gy, wanted)
+        for name, gradient in gradients.items():
+            if name in wanted:
+                numpy.testing.assert_array_equal(gradient, expected[name], name)
+            else:
+                assert gradient is None, name
+        needed = {'x': 'scatter', 'offset': 'slopes', 'mask': 'slopes', 'W': 'sample'}
+        backward = called[1:]  # after the sample() of the forward pass
+        assert set(backward) == {needed[name] for name in wanted if name in needed}
+
+    def test_no_gradient_of_the_gradient(self):
+        case = CASES['plain']
+        x = chainer.Variable(case.arrays()['x'])
+        arguments = case.arrays()
+        del arguments['x']
+        y = deformable_convolution_2d_sampler(x, **arguments, **case.options)
+        (gx,) = chainer.grad([y], [x], enable_double_backprop=True)
+        with pytest.raises(RuntimeError, match='differentiable once'):
+            F.sum(gx * gx).backward()
+
+    def test_gpu_is_refused_in_one_clear_error(self):
+        node = DeformableConvolution2DSampler(Geometry(3), ('x', 'offset', 'W'))
+        with pytest.raises(RuntimeError, match='does not run on GPUs yet'):
+            node.forward_gpu(())
+
+
+class TestErrors:
+    case = Case(n=2, c=6, out_c=4, pad=(1, 0), groups=2, offset_groups=3, mask=True)
+
+    @pytest.mark.parametrize(
+        ('name', 'shape', 'message'),
+        [
+            (
+                'x',
+                (2, 5, 5, 7),
+                r'x\.shape == \(n, 6, h, w\).*x\.shape == \(2, 5, 5, 7\)',
+            ),
+            ('x', (6, 5, 7), r'x\.shape == \(n, 6, h, w\).*x\.shape == \(6, 5, 7\)'),
+            ('x', (2, 6, 0, 7), r'h, w >= 1.*x\.shape == \(2, 6, 0, 7\)'),
+            (
+                'x',
+                (2, 6, 5, 1),
+                r'x\.shape == \(2, 6, 5, 1\) and W\.shape == \(4, 3, 3, 2',
+            ),
+            ('x', (3, 6, 5, 7), r'offset\.shape == \(3, 36, 5, 6\).*\(2, 36, 5, 6\)'),
+            (
+                'offset',
+                (2, 12, 5, 6),
+                r'offset\.shape == \(2, 36, 5, 6\).*\(2, 12, 5, 6\)',
+            ),
+            (
+                'offset',
+                (2, 36, 6, 5),
+                r'offset\.shape == \(2, 36, 5, 6\).*\(2, 36, 6, 5\)',
+            ),
+            ('offset', (36, 5, 6), r'offset\.shape == \(2, 36, 5, 6\).*\(36, 5, 6\)'),
+            ('mask', (2, 6, 5, 6), r'mask\.shape == \(2, 18, 5, 6\).*\(2, 6, 5, 6\)'),
+            ('mask', (2, 18, 5, 7), r'mask\.shape == \(2, 18, 5, 6\).*\(2, 18, 5, 7\)'),
+            ('b', (3,), r'b\.shape == \(4,\).*b\.shape == \(3,\)'),
+            ('b', (4, 1), r'b\.shape == \(4,\).*b\.shape == \(4, 1\)'),
+            (
+                'W',
+                (4, 2, 3, 2),
+                r'x\.shape == \(n, 4, h, w\).*W\.shape == \(4, 2, 3, 2\)',
+            ),
+        ],
+    )
+    def test_shape(self, name, shape, message):
+        arrays = self.case.arrays()
+        arrays[name] = numpy.zeros(shape)
+        options = self.case.options
+        if name == 'W':
+            options['offset_groups'] = 1
+        with pytest.raises(type_check.InvalidType, match='(?s)' + message):
+            deformable_convolution_2d_sampler(**arrays, **options)
+
+    @pytest.mark.parametrize('shape', [(4, 3, 3), (4, 3, 3, 3, 3), (4,)])
+    def test_axes_of_W(self, shape):
+        arrays = {**self.case.arrays(), 'W': numpy.zeros(shape)}
+        with pytest.raises(ValueError, match=r'W must have 4 axes.*' + str(shape[0])):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    @pytest.mark.parametrize('name', ['x', 'offset', 'W', 'mask', 'b'])
+    @pytest.mark.parametrize('dtype', ['int64', 'bool', 'complex128'])
+    def test_dtype(self, name, dtype):
+        arrays = self.case.arrays()
+        arrays[name] = numpy.zeros(arrays[name].shape, dtype)
+        with pytest.raises(type_check.InvalidType, match=rf'{name}\.dtype == {dtype}'):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    @pytest.mark.parametrize('name', ['x', 'offset', 'W', 'mask', 'b'])
+    @pytest.mark.parametrize('value', [[1.0, 2.0], 3.0, 'a'])
+    def test_no_array(self, name, value):
+        arrays = {**self.case.arrays(), name: value}
+        with pytest.raises(TypeError, match=f'^{name} must be a Variable or an array'):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    @pytest.mark.parametrize('name', ['x', 'offset', 'W'])
+    def test_missing_array(self, name):
+        arrays = {**self.case.arrays(), name: None}
+        with pytest.raises(TypeError, match=f'^{name} must be a Variable or an array'):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    def test_uninitialised_parameter(self):
+        arrays = {**self.case.arrays(), 'W': chainer.Parameter(0)}
+        with pytest.raises(TypeError, match='^W must be a Variable or an array'):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    @pytest.mark.parametrize('name', ['offset', 'W', 'mask', 'b'])
+    def test_device(self, name, monkeypatch):
+        """A stand-in for a device, where there is none."""
+        arrays = self.case.arrays()
+        get_device = chainer.backend.get_device_from_array
+        monkeypatch.setattr(
+            chainer.backend,
+            'get_device_from_array',
+            lambda array: 'a GPU' if array is arrays[name] else get_device(array),
+        )
+        with pytest.raises(
+            ValueError,
+            match=f'^{name} must be on the device of x, @numpy, but is on a GPU',
+        ):
+            deformable_convolution_2d_sampler(**arrays, **self.case.options)
+
+    @pytest.mark.parametrize(
+        ('option', 'value', 'error', 'message'),
+        [
+            ('stride', 0, ValueError, 'stride must be at least 1, not 0'),
+            ('stride', (1, 0), ValueError, 'stride must be at least 1, not 0'),
+            (
+                'stride',
+                1.5,
+                TypeError,
+                'stride must be an int or a pair of ints, not 1.5',
+            ),
+            ('stride', (1, 2, 3), TypeError, r'stride must be .* not \(1, 2, 3\)'),
+            ('stride', '12', TypeError, 'stride must be .* not'),
+            ('pad', -1, ValueError, 'pad must be at least 0, not -1'),
+            ('pad', (0, None), TypeError, 'pad must be .* not None'),
+            ('dilate', 0, ValueError, 'dilate must be at least 1, not 0'),
+            ('dilate', (2, -1), ValueError, 'dilate must be at least 1, not -1'),
+            ('groups', 0, ValueError, 'groups must be at least 1, not 0'),
+            ('groups', (1, 1), TypeError, r'groups must be an int, not \(1, 1\)'),
+            (
+                'groups',
+                3,
+                ValueError,
+                'groups must divide the number of output channels',
+            ),
+            ('offset_groups', 0, ValueError, 'offset_groups must be at least 1, not 0'),
+            (
+                'offset_groups',
+                4,
+                ValueError,
+                'offset_groups must divide the number of input channels, but '
+                'offset_groups is 4 and there are 6',
+            ),
+        ],
+    )
+    def test_option(self, option, value, error, message):
+        options = {**self.case.options, option: value}
+        with pytest.raises(error, match='^' + message):
+            deformable_convolution_2d_sampler(**self.case.arrays(), **options)
+
+    def test_numpy_integers_are_ints(self):
+        case = Case(stride=(2, 1))
+        y = deformable_convolution_2d_sampler(
+            **case.arrays(), stride=numpy.array([2, 1]), pad=numpy.int32(0)
+        )
+        assert y.shape[2:] == case.out_size
+
+    def test_dilate_is_no_positional_argument(self):
+        with pytest.raises(TypeError, match='positional'):
+            deformable_convolution_2d_sampler(
+                *self.case.arrays().values(), (1, 1), (1, 0), None
+            )

@@ -1,0 +1,102 @@
+"""Any shapes, options and values end in the oracle's answer or a documented error."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy
+import pytest
+from chainer.utils import type_check
+
+from tests import reference
+from tests.cases import Case, assert_close
+from tests.functions.test_deformable_convolution_2d_sampler import run
+
+settings = hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+
+
+def pairs(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+def cases(least):
+    """Geometries whose options are all valid for ``least == 1``."""
+    return st.builds(
+        Case,
+        n=st.integers(0, 2),
+        c=st.sampled_from((2, 4, 6)),
+        out_c=st.sampled_from((2, 4)),
+        size=pairs(least, 6),
+        ksize=pairs(1, 3),
+        stride=pairs(least, 3),
+        pad=pairs(least - 1, 3),
+        dilate=pairs(least, 3),
+        groups=st.integers(least, 3 - least),
+        offset_groups=st.integers(least, 3 - least),
+        mask=st.booleans(),
+        bias=st.booleans(),
+    )
+
+
+def is_valid(case):
+    return (
+        min(*case.size, *case.stride, *case.dilate, case.groups, case.offset_groups) > 0
+        and min(case.pad) >= 0
+        and min(case.out_size) > 0
+        and case.c % case.groups == case.out_c % case.groups == 0
+        and case.c % case.offset_groups == 0
+    )
+
+
+@settings
+@hypothesis.given(
+    case=cases(1).filter(is_valid),
+    dtype=st.sampled_from(('float32', 'float64')),
+    seed=st.integers(0, 99),
+    values=st.lists(
+        st.tuples(
+            st.sampled_from(('offset', 'mask', 'x')),
+            st.floats(0, 1, exclude_max=True),
+            st.sampled_from(
+                (
+                    'nan',
+                    'inf',
+                    '-inf',
+                    '3e38',
+                    '-3e38',
+                    '2147483648',
+                    '-2147483648',
+                    '-1',
+                    '0',
+                    '1',
+                )
+            ),
+        ),
+        max_size=6,
+    ),
+)
+def test_oracles_answer(case, dtype, seed, values):
+    arrays, gy = case.arrays(dtype, seed=seed), case.gy(dtype)
+    for name, place, value in values:
+        overflows = '3e38' in value and name != 'offset'  # in float32, not the oracle
+        if name in arrays and not overflows:
+            flat = arrays[name].reshape(-1)
+            flat[int(place * flat.size) :][:1] = float(value)
+    y, gradients = run(arrays, case.options, gy)
+    expected_y, expected = reference.deformable_convolution_2d_sampler(
+        **arrays, **case.options, gy=gy
+    )
+    assert_close(y, expected_y, 'y')
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], name)
+
+
+@settings
+@hypothesis.given(case=cases(0).filter(lambda case: not is_valid(case)))
+def test_documented_error(case):
+    arrays = Case(size=(9, 9), bias=case.bias).arrays()
+    arrays['x'] = numpy.zeros((case.n, case.c, *case.size))
+    arrays['W'] = numpy.zeros(
+        (case.out_c, max(1, case.c // max(1, case.groups)), *case.ksize)
+    )
+    with pytest.raises((ValueError, type_check.InvalidType)) as raised:
+        run(arrays, case.options)
+    assert any(name in str(raised.value) for name in (*arrays, *case.options))
