@@ -13,11 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-cuda-compile test-gpu sanitize lint format clean
 
 help:
 	@echo 'make demo    set up $(VENV), train the example: plain and deformable model'
 	@echo 'make test    set up $(VENV), run the tests'
+	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
+	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
+	@echo 'make sanitize    a short run of them under compute-sanitizer'
 	@echo 'make lint    check style and formatting'
 	@echo 'make format  put the formatting right'
 	@echo 'make clean   remove $(VENV) and what the other targets made'
@@ -34,7 +37,24 @@ demo: $(STAMP)
 	$(VENV)/bin/python examples/digits/train.py --model plain deformable
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
+
+$(STAMP)-cuda: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -e '.[cuda-compile]'
+	@touch $@
+
+test-cuda-compile: $(STAMP)-cuda
+	$(VENV)/bin/python -m pytest -n 2 tests/cuda_compile
+
+# Where there is a GPU, CuPy is already there, fit for its driver.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+sanitize:
+	@command -v compute-sanitizer > /dev/null || \
+		{ echo 'compute-sanitizer is not installed; it is part of the CUDA toolkit'; exit 1; }
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest -m gpu -k short_run
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

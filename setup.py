@@ -24,6 +24,12 @@ setup(
     install_requires=['chainer==7.8.1', 'numpy>=1.23', 'scipy>=1.8'],
     extras_require={
         'cuda': ['cupy>=12,<15'],
+        # What compiles the kernels where there is no GPU.
+        'cuda-compile': [
+            'cupy-cuda13x==14.2.*',
+            'nvidia-cuda-nvrtc==13.0.*',
+            'nvidia-cuda-runtime==13.0.*',
+        ],
         'plot': plot,
         'examples': examples,
         'test': test,

@@ -18,7 +18,7 @@ usage: python -m chainer_deform SCRIPT [ARGS...]
        python -m chainer_deform -m MODULE [ARGS...]
 
 Runs an unmodified Chainer program as `python SCRIPT` or `python -m MODULE` would, with
-Chainer repaired for the NumPy and the Python that are installed, and with its deformable
+Chainer repaired for the NumPy and the Python that are installed, and its deformable
 convolution replaced by that of chainer_deform. All of ARGS goes to the program.
 '''
 
@@ -26,26 +26,29 @@ convolution replaced by that of chainer_deform. All of ARGS goes to the program.
 def main() -> None:
     """Runs the program that the command line names, as the main module."""
     args = sys.argv[1:]
-    if args[:1] == ['-h'] or args[:1] == ['--help']:
+    if args and args[0] in ('-h', '--help'):
         print(_USAGE, end='')
         return
-    as_module = args[:1] == ['-m']
-    sys.argv[:] = args[1:] if as_module else args
-    if not sys.argv or sys.argv[0].startswith('-'):
-        sys.exit(_fail(_USAGE))
+    find = _find_script
+    if args and args[0] == '-m':
+        find = _find_module
+        del args[0]
+    if not args or args[0].startswith('-'):
+        _fail(_USAGE)
+    sys.argv[:] = args
     sys.excepthook = _excepthook
     prepare()
-    _run(*(_find_module if as_module else _find_script)(sys.argv[0]))
+    _run(*find(args[0]))
 
 
 def prepare() -> None:
     """Puts the drop-in in place, here and in the processes that this one starts.
 
     A forked process has it already. One that is spawned or comes from a fork server
-    imports the program as ``__mp_main__``, which needs Chainer repaired and replaced by
-    then. The only thing that it reads earlier is the pickle of what
-    :func:`multiprocessing.spawn.get_preparation_data` returns, so the order to call this
-    very function travels in there, as it does in coverage.py.
+    imports the program as ``__mp_main__``, and by then Chainer has to be repaired. The
+    one thing that it reads earlier is the pickle of what
+    ``multiprocessing.spawn.get_preparation_data`` returns, so the order to call this
+    very function travels in there. (coverage.py gets into children the same way.)
     """
     chainer_deform.patch_chainer()
     get_preparation_data = multiprocessing.spawn.get_preparation_data
@@ -55,8 +58,8 @@ def prepare() -> None:
 
     multiprocessing.spawn.get_preparation_data = with_order
     if 'forkserver' in multiprocessing.get_all_start_methods():
-        # Otherwise newer Pythons import the program into the fork server itself, which
-        # unpickles nothing.
+        # Otherwise newer Pythons import the program into the fork server, which
+        # unpickles nothing, and so dies of it.
         multiprocessing.set_forkserver_preload([])
 
 
@@ -74,7 +77,7 @@ def _find_script(name: str) -> tuple[types.CodeType, dict[str, Any]]:
         with io.open_code(path) as f:
             source = f.read()
     except OSError as e:
-        sys.exit(_fail(f"python -m chainer_deform: can't open {name!r}: {e.strerror}\n"))
+        _fail(f'python -m chainer_deform: cannot open {name!r}: {e.strerror}\n')
     if not (sys.flags.isolated or getattr(sys.flags, 'safe_path', False)):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     return compile(source, path, 'exec', dont_inherit=True), {
@@ -88,7 +91,7 @@ def _find_module(name: str) -> tuple[types.CodeType, dict[str, Any]]:
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(name + '.__main__')
     if spec is None:
-        sys.exit(_fail(f'python -m chainer_deform: no module {name!r} to run\n'))
+        _fail(f'python -m chainer_deform: no module {name!r} to run\n')
     sys.argv[0] = spec.origin
     return spec.loader.get_code(spec.name), {
         '__file__': spec.origin, '__cached__': spec.cached, '__package__': spec.parent,
@@ -96,27 +99,28 @@ def _find_module(name: str) -> tuple[types.CodeType, dict[str, Any]]:
 
 
 def _run(code: types.CodeType, namespace: dict[str, Any]) -> None:
-    """Runs code in the emptied main module, where pickle looks for the program's names."""
+    """Runs code in the emptied main module, where pickle looks for its names."""
     main_module = vars(sys.modules['__main__'])
     main_module.clear()
-    main_module.update(namespace, __name__='__main__', __doc__=None, __builtins__=builtins)
+    main_module.update(
+        namespace, __name__='__main__', __doc__=None, __builtins__=builtins)
     exec(code, main_module)
 
 
 def _excepthook(kind, error, traceback):
-    """The ordinary report of an uncaught exception, without the frames of this file."""
-    frame = traceback
-    while frame is not None and frame.tb_frame.f_globals is not globals():
-        frame = frame.tb_next
-    while frame is not None and frame.tb_frame.f_globals is globals():
-        frame = error.__traceback__ = frame.tb_next
+    """The ordinary report of an uncaught exception, from the program's frames on."""
+    entry = traceback
+    while entry is not None and entry.tb_frame.f_globals is not globals():
+        entry = entry.tb_next  # how Python came to run this file
+    while entry is not None and entry.tb_frame.f_globals is globals():
+        entry = error.__traceback__ = entry.tb_next
     sys.__excepthook__(kind, error, error.__traceback__)
 
 
-def _fail(message: str) -> int:
-    """Says what is wrong with the command line; returns the exit status for it."""
+def _fail(message: str) -> NoReturn:
+    """Says what is wrong with the command line, and exits with the status for it."""
     sys.stderr.write(message)
-    return 2
+    sys.exit(2)
 
 
 if __name__ == '__main__':

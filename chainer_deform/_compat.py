@@ -1,12 +1,12 @@
 """Makes Chainer 7.8.1 import and train on today's Python, NumPy and setuptools.
 
-Importing this module is enough; it has to come before the first ``import chainer``.
+Importing this module is enough, if it comes before the first ``import chainer``.
 
-Chainer is repaired module by module while it is loaded: :data:`_REPAIRS` names the
-modules, and each repair is a function of the module and of ``execute``, which runs the
-module's own code. What a repair does before and after calling it is all that changes;
-nothing is written into NumPy, into the standard library or into Chainer's files. Modules
-that nobody imports (ChainerMN, ONNX-Chainer, ``chainer.testing``) are never loaded for it.
+Chainer is repaired module by module, as it is loaded: :data:`_REPAIRS` maps the name of
+a module to its repair, a function of the module and of ``execute``, which runs the
+module's own code. What a repair does before and after that call is all that changes.
+NumPy, the standard library and Chainer's files stay as they are, and what nobody
+imports (ChainerMN, ONNX-Chainer, ``chainer.testing``) is not loaded to be repaired.
 """
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ _NOT_INSTALLED = '''\
 chainer_deform needs Chainer, which is not installed. Chainer 7.8.1 only builds with \
 setuptools older than 81, which pip has to be told:
     echo 'setuptools<81' > build-constraints.txt
-    export PIP_CONSTRAINT=build-constraints.txt PIP_BUILD_CONSTRAINT=build-constraints.txt
+    export PIP_CONSTRAINT="$PWD/build-constraints.txt"
+    export PIP_BUILD_CONSTRAINT="$PIP_CONSTRAINT"
     pip install chainer==7.8.1'''
 
 _TOO_LATE = '''\
-chainer_deform was imported while `import chainer` was still running, too late to repair \
-it: put `import chainer_deform` before the first `import chainer`.'''
+chainer_deform was imported while `import chainer` was still running, too late to \
+repair it: put `import chainer_deform` before the first `import chainer`.'''
 
 
 def install() -> None:
     """Repairs Chainer and imports it.
 
-    Chainer modules that are loaded already are repaired in place, the others when their
-    time comes.
+    The modules of Chainer that are loaded already are repaired in place, the others
+    when their time comes.
 
     Raises:
-        ImportError: If Chainer is not installed, or is just being imported. The message
+        ImportError: If Chainer is not installed or is just being imported. The message
             says what to do.
 
     """
     sys.meta_path.insert(0, types.SimpleNamespace(find_spec=_find_spec))
     loaded = sys.modules.get('chainer')
     if loaded is None:
-        # Python takes a module whose import failed out of sys.modules, but not the
-        # submodules that it had imported by then, which point to the module that is
-        # gone: a second `import chainer` would fail over them, whatever is repaired.
+        # Python takes a module whose import failed out of sys.modules, but leaves the
+        # submodules that were complete by then. They refer to the module that is gone,
+        # and a second `import chainer` would fail over them, whatever is repaired.
         for name in [name for name in sys.modules if name.startswith('chainer.')]:
             del sys.modules[name]
     elif getattr(loaded.__spec__, '_initializing', False):
@@ -69,7 +70,7 @@ def install() -> None:
 
 
 def _find_spec(name, path=None, target=None):
-    """A finder for sys.meta_path: the usual one, with the module's repair in the loader."""
+    """A finder for sys.meta_path: the usual one, with the repair in the loader."""
     repair = _REPAIRS.get(name)
     if repair is None:
         return None
@@ -87,8 +88,8 @@ def _find_spec(name, path=None, target=None):
 def _rebind(function: Callable, **names: Any) -> Callable:
     """A copy of a function for which some global names mean something else.
 
-    The module itself keeps its names: replacing ``numpy`` in all of it would make its
-    ``if xp is numpy`` take the GPU's branch.
+    The module keeps its names: if ``numpy`` were replaced in all of it, its tests
+    ``xp is numpy`` would take the GPU's branch.
     """
     copy = types.FunctionType(
         function.__code__, {**function.__globals__, **names}, function.__name__,
@@ -97,15 +98,16 @@ def _rebind(function: Callable, **names: Any) -> Callable:
 
 
 def _with(module: types.ModuleType, **names: Any) -> types.SimpleNamespace:
-    """A look-alike of a module, in which some names mean something else."""
+    """A look-alike of a module in which some names mean something else."""
     return types.SimpleNamespace(**{**vars(module), **names})
 
 
 def _widen(x: Any) -> Any:
     """Takes a NumPy or CuPy scalar to 64 bits, and leaves anything else as it is.
 
-    Since NumPy 2 (NEP 50) a Python number takes the type of the NumPy scalar that is added
-    to it, so that a sum which starts as ``0.0`` is kept in the type of its first term.
+    Since NumPy 2 (NEP 50) a Python number takes the type of a NumPy scalar that is
+    added to it, so that a sum which starts as ``0.0`` stays in the type of its first
+    term: one of float16 stands still at 2048.
     """
     if not hasattr(x, 'astype') or x.dtype.itemsize >= 8:
         return x
@@ -116,12 +118,12 @@ def _widen(x: Any) -> Any:
 
 
 def _environment_check(module, execute):
-    """Leaves the module's code out, which compares versions of optional packages.
+    """Leaves out the module's code, which compares versions of optional packages.
 
-    It needs numpy.distutils, which no NumPy from 1.23 imports without a warning and which
-    is gone from Python 3.12, and pkg_resources, which setuptools 67 began to warn about
-    and setuptools 82 dropped. All it could say is to install CuPy 7, which none of the
-    Pythons that this package supports can run.
+    It needs numpy.distutils, which every NumPy from 1.23 warns about and Python 3.12
+    lost, and pkg_resources, which setuptools 67 began to warn about and setuptools 82
+    dropped. On a Python that this package supports, all that it could say is to go back
+    to a CuPy that does not run there.
     """
     module.check = lambda: None
 
@@ -134,7 +136,7 @@ def _as_strided(module, execute):
     sctypes = {
         'int': [numpy.int8, numpy.int16, numpy.int32, numpy.int64],
         'float': [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble]}
-    numpy.sctypes = sctypes
+    numpy.sctypes = sctypes  # for the module's own code, which reads it when it runs
     try:
         execute()
     finally:
@@ -144,19 +146,19 @@ def _as_strided(module, execute):
 
 
 def _resize_images(module, execute):
-    """Lends one function numpy.float, dropped by NumPy 1.24 and deprecated in 1.23."""
+    """Lends one function numpy.float: dropped by NumPy 1.24, deprecated in 1.23."""
     execute()
     module.compute_indices_and_weights = _rebind(
         module.compute_indices_and_weights, numpy=_with(numpy, float=float))
 
 
 def _categorical(module, execute):
-    """numpy.meshgrid returns a tuple since NumPy 2; log_prob adds a list to it."""
+    """Since NumPy 2, numpy.meshgrid returns a tuple; log_prob adds a list to it."""
     execute()
     if _NUMPY_2:
-        module.Categorical.log_prob = _rebind(
-            module.Categorical.log_prob,
-            numpy=_with(numpy, meshgrid=lambda *xi, **kw: list(numpy.meshgrid(*xi, **kw))))
+        categorical = module.Categorical
+        categorical.log_prob = _rebind(categorical.log_prob, numpy=_with(
+            numpy, meshgrid=lambda *xi, **kw: list(numpy.meshgrid(*xi, **kw))))
 
 
 def _convert(module, execute):
@@ -168,7 +170,7 @@ def _convert(module, execute):
 
 
 def _reporter(module, execute):
-    """Has Summary, which LogReport and Evaluator print, sum in 64 bits; see _widen."""
+    """Has Summary, whose means LogReport and Evaluator print, sum in 64 bits."""
     execute()
     add = module.Summary.add
 
@@ -182,7 +184,7 @@ def _reporter(module, execute):
 
 
 def _micro_average(module, execute):
-    """Has MicroAverage sum in 64 bits; see _widen."""
+    """Has MicroAverage sum in 64 bits."""
     execute()
     call = module.MicroAverage.__call__
 
@@ -196,15 +198,16 @@ def _micro_average(module, execute):
 
 
 def _multiprocess_iterator(module, execute):
-    """Starts worker processes that repair themselves, from a thread without setDaemon."""
+    """Starts workers that repair themselves, and a thread without setDaemon()."""
     execute()
 
     class Thread(threading.Thread):
         def setDaemon(self, daemonic):  # deprecated since Python 3.10
             self.daemon = daemonic
 
-    module._PrefetchLoop.launch_thread = _rebind(
-        module._PrefetchLoop.launch_thread, threading=_with(threading, Thread=Thread),
+    loop = module._PrefetchLoop
+    loop.launch_thread = _rebind(
+        loop.launch_thread, threading=_with(threading, Thread=Thread),
         _fetch_setup=_fetch_setup)
 
 
@@ -212,9 +215,9 @@ def _fetch_setup(*args):
     """The initializer of MultiprocessIterator's workers.
 
     A worker that is spawned or comes from a fork server imports the main script first,
-    which repairs it if chainer_deform is imported at its top. A notebook has no such
-    script. But a worker also unpickles its initializer before the data set: as this
-    function stands in for the module's own, chainer_deform is imported before Chainer.
+    which repairs it if the script imports chainer_deform at its top. A notebook has no
+    such script. But a worker also unpickles its initializer, before the data set: this
+    function stands in for Chainer's, so that chainer_deform is imported before Chainer.
     """
     from chainer.iterators import multiprocess_iterator
     multiprocess_iterator._fetch_setup(*args)
@@ -224,7 +227,7 @@ def _requirements(module, execute):
     """Lends the module pkg_resources, which setuptools 82 dropped."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # it only says that it will be dropped
+            warnings.simplefilter('ignore')  # all it says is that it will be dropped
             importlib.import_module('pkg_resources')
     except ImportError:
         pass
@@ -241,7 +244,7 @@ def _requirements(module, execute):
 
 
 def _require(*requirements):
-    """Raises PackageNotFoundError unless packages such as 'numpy>=1.10' are installed."""
+    """Raises PackageNotFoundError unless all of e.g. 'numpy>=1.10' are installed."""
     from packaging.requirements import Requirement
     for requirement in map(Requirement, requirements):
         version = importlib.metadata.version(requirement.name)
@@ -250,14 +253,27 @@ def _require(*requirements):
 
 
 def _multi_node_iterator(module, execute):
-    """The size of the data set arrives as an array of one element.
+    """Reads the size of the data set, which arrives as an array of one element.
 
-    ``int()`` of such an array is deprecated since NumPy 1.25 and raises since 2.4. One
-    rank then fails while the others wait for it.
+    ``int()`` of such an array is deprecated since NumPy 1.25 and raises since 2.4: on
+    one rank, while the others wait for it.
     """
     execute()
     slave = module._MultiNodeIteratorSlave
     slave.__init__ = _rebind(slave.__init__, int=lambda size: int(size.item()))
+
+
+def _memory_utility(module, execute):
+    """Copies gradients that travel in another type than they have.
+
+    Since NumPy 2 and CuPy 14, ``xp.array(v, copy=False)`` raises if it has to copy.
+    """
+    execute()
+    xp = types.SimpleNamespace(
+        array=lambda v, copy, dtype: v.astype(dtype, copy=copy))
+    backend = types.SimpleNamespace(get_array_module=lambda v: xp)
+    module.unpack_params = _rebind(
+        module.unpack_params, chainer=types.SimpleNamespace(backend=backend))
 
 
 def _onnx_export(module, execute):
@@ -274,7 +290,7 @@ def _onnx_export(module, execute):
     mapping = types.SimpleNamespace(
         NP_TYPE_TO_TENSOR_TYPE={
             dtype: onnx.helper.np_dtype_to_tensor_dtype(dtype) for dtype in dtypes},
-        # It says in which field of a tensor its values could be written readably.
+        # Of which types to write the values in a readable form; none is as good.
         STORAGE_TENSOR_TYPE_TO_FIELD={})
     sys.modules['onnx.mapping'] = mapping
     try:
@@ -298,6 +314,7 @@ _REPAIRS: dict[str, Callable[[types.ModuleType, Callable[[], None]], None]] = {
     'chainer.testing.helper': _requirements,
     'chainer.testing.doctest_helper': _requirements,
     'chainermn.iterators.multi_node_iterator': _multi_node_iterator,
+    'chainermn.communicators._memory_utility': _memory_utility,
     'onnx_chainer.export': _onnx_export,
 }
 

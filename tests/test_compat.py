@@ -4,6 +4,7 @@ Each test is a program in an interpreter of its own, with warnings as errors: wh
 tested is what happens before, during and after the first import of Chainer. Anything
 that such a program prints to its standard error fails the test.
 """
+
 import importlib.util
 import os
 import pathlib
@@ -23,14 +24,21 @@ def run(code, cwd, *, path=(), timeout=120):
     path = [*map(str, path), str(_ROOT), os.environ.get('PYTHONPATH', '')]
     env = {**os.environ, 'MPLBACKEND': 'Agg', 'PYTHONPATH': os.pathsep.join(path)}
     result = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', textwrap.dedent(code)], cwd=cwd, env=env,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
+        [sys.executable, '-W', 'error', '-c', textwrap.dedent(code)],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert (result.returncode, result.stderr) == (0, ''), result.stderr
     return result.stdout
 
 
 def test_import_leaves_everything_else_as_found(tmp_path):
-    run('''
+    run(
+        """
         import sys
         import types
         import numpy
@@ -50,10 +58,12 @@ def test_import_leaves_everything_else_as_found(tmp_path):
             assert value is sys.modules['numpy.' + name], name
 
         # Nothing stands in for a module any more, and nothing was imported in vain.
-        for name in ('pkg_resources', 'numpy.distutils', 'onnx', 'onnx.mapping', 'mpi4py',
-                     'onnx_chainer', 'chainermn', 'chainer.testing'):
+        for name in ('pkg_resources', 'numpy.distutils', 'onnx', 'onnx.mapping',
+                     'mpi4py', 'onnx_chainer', 'chainermn', 'chainer.testing'):
             assert name not in sys.modules, name
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_sctypes_are_taken_back_when_the_import_fails():
@@ -69,7 +79,7 @@ def test_sctypes_are_taken_back_when_the_import_fails():
     assert hasattr(numpy, 'sctypes') == before
 
 
-_USE_REPAIRED_FUNCTIONS = '''
+_USE_REPAIRED_FUNCTIONS = """
 import numpy as np
 import chainer.functions as F
 
@@ -103,19 +113,22 @@ for dtype, tolerance in (np.float16, 1e-12), (np.float32, 1e-12):
                      'variable': chainer.Variable(np.array(0.7, dtype))})
     for mean in summary.compute_mean().values():
         assert abs(mean / float(dtype(0.7)) - 1) < tolerance, mean
-'''
+"""
 
 
 def test_forward_backward_resize_as_strided_summary(tmp_path):
-    run('''
+    run(
+        """
         import chainer_deform
         import chainer
-        ''' + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8) + '''
+        """
+        + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8)
+        + """
         import chainer.links as L
         np.random.seed(0)
         model = chainer.Sequential(
-            L.Convolution2D(2, 3, 3, pad=1, nobias=True), L.BatchNormalization(3), F.relu,
-            lambda h: F.max_pooling_2d(h, 2), L.Linear(None, 4))
+            L.Convolution2D(2, 3, 3, pad=1, nobias=True), L.BatchNormalization(3),
+            F.relu, lambda h: F.max_pooling_2d(h, 2), L.Linear(None, 4))
         x = chainer.Variable(np.random.randn(5, 2, 6, 6).astype('f'))
         loss = F.softmax_cross_entropy(model(x), np.arange(5, dtype='i') % 4)
         model.cleargrads()
@@ -123,12 +136,15 @@ def test_forward_backward_resize_as_strided_summary(tmp_path):
         assert loss.dtype == x.grad.dtype == np.float32
         for array in [x.grad, *(param.grad for param in model.params())]:
             assert np.isfinite(array).all() and np.abs(array).max() > 0
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_chainer_imported_before(tmp_path):
     """By those who had worked around it themselves, or on a NumPy that needs little."""
-    run('''
+    run(
+        """
         import sys
         import types
         import numpy
@@ -145,12 +161,16 @@ def test_chainer_imported_before(tmp_path):
 
         assert chainer is sys.modules['chainer']
         assert chainer.Variable is variable
-        ''' + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8), tmp_path)
+        """
+        + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8),
+        tmp_path,
+    )
 
 
 def test_failed_import_of_chainer_before(tmp_path):
     """What it leaves in sys.modules is cleared away: nothing of it is used again."""
-    run('''
+    run(
+        """
         import sys
         try:
             import chainer
@@ -167,11 +187,15 @@ def test_failed_import_of_chainer_before(tmp_path):
 
         for name, module in remains.items():
             assert sys.modules[name] is not module, name
-        ''' + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8), tmp_path)
+        """
+        + textwrap.indent(_USE_REPAIRED_FUNCTIONS, ' ' * 8),
+        tmp_path,
+    )
 
 
 def test_message_when_chainer_is_being_imported(tmp_path):
-    run('''
+    run(
+        """
         import importlib.machinery
         import sys
         import types
@@ -184,11 +208,14 @@ def test_message_when_chainer_is_being_imported(tmp_path):
         except ImportError as e:
             message = str(e)
         assert 'put `import chainer_deform` before' in message
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_message_when_chainer_is_not_installed(tmp_path):
-    run('''
+    run(
+        """
         import sys
         sys.modules['chainer'] = None
         try:
@@ -199,11 +226,14 @@ def test_message_when_chainer_is_not_installed(tmp_path):
         for word in ('pip install chainer==7.8.1', 'setuptools<81', 'PIP_CONSTRAINT=',
                      'PIP_BUILD_CONSTRAINT='):
             assert word in message, word
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_summaries(tmp_path):
-    run('''
+    run(
+        """
         import chainer_deform
         import chainer
         import numpy as np
@@ -211,8 +241,8 @@ def test_summaries(tmp_path):
         from chainer.training import extensions
 
         summary = chainer.Summary()
-        for value, weight in (np.int8(100), np.int8(100)), (np.float16(0.1), np.int8(100)):
-            summary.add(value, weight=weight)
+        for value in np.int8(100), np.float16(0.1):
+            summary.add(value, weight=np.int8(100))
         mean, std = summary.make_statistics()
         low = float(np.float16(0.1))
         np.testing.assert_allclose(mean, (100 + low) / 2, rtol=1e-12)
@@ -246,14 +276,17 @@ def test_summaries(tmp_path):
         with chainer.Reporter().scope(observation):
             for i in range(5000):
                 last = i == 4999
-                trainer.observation = {'n': np.float16(1), 'd': np.float16(2)}
+                trainer.observation = {'n': np.float16(1), 'd': 2}
                 average(trainer)
         assert observation == {'n/d': 0.5}, observation
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_categorical_and_padding(tmp_path):
-    run('''
+    run(
+        """
         import chainer_deform
         import chainer
         import numpy as np
@@ -261,16 +294,20 @@ def test_categorical_and_padding(tmp_path):
         x = np.array([[1], [0], [0]], 'i')
         for x in x, chainer.Variable(x):
             y = chainer.distributions.Categorical(p=p).log_prob(x)
-            np.testing.assert_allclose(y.array, np.log([[0.75], [0.5], [0.1]]), rtol=1e-6)
+            np.testing.assert_allclose(
+                y.array, np.log([[0.75], [0.5], [0.1]]), rtol=1e-6)
 
         batch = [np.ones((2, 1), 'f'), np.ones((1, 3), 'f')]
         y = chainer.dataset.concat_examples(batch, padding=7)
         assert y.tolist() == [[[1, 7, 7], [1, 7, 7]], [[1, 1, 1], [7, 7, 7]]]
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_optimizers(tmp_path):
-    run('''
+    run(
+        """
         import chainer_deform
         import chainer
         import chainer.functions as F
@@ -299,11 +336,14 @@ def test_optimizers(tmp_path):
                 optimizer.update(loss)
             assert losses[-1] < losses[0], (cls, losses)
             assert link.x.dtype == link.y.dtype == np.float32, cls
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_serializers(tmp_path):
-    run('''
+    run(
+        """
         import chainer_deform
         import chainer
         import chainer.functions as F
@@ -339,11 +379,14 @@ def test_serializers(tmp_path):
             for name, value in expected.items():
                 np.testing.assert_array_equal(actual[name], value, name)
                 assert np.asarray(actual[name]).dtype == np.asarray(value).dtype, name
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 def test_trainer_with_its_extensions(tmp_path):
-    printed = run('''
+    printed = run(
+        """
         import io
         import json
         import pathlib
@@ -406,7 +449,8 @@ def test_trainer_with_its_extensions(tmp_path):
         assert log[-1]['validation/main/accuracy'] > 0.9
         np.testing.assert_allclose(log[-1]['lr'], 0.1 * 0.9 ** 5, rtol=1e-12)
         for entry in log:
-            np.testing.assert_allclose(entry['micro'], entry['main/correct'] / 20, rtol=1e-12)
+            np.testing.assert_allclose(
+                entry['micro'], entry['main/correct'] / 20, rtol=1e-12)
         assert any(key.endswith('/W/grad/mean') for key in log[0]), log[0]
         assert printed.getvalue().split()[:3] == ['epoch', 'main/loss', 'lr']
         for name in 'loss.png', 'cg.dot', 'statistics.png', 'model_6', 'snapshot_3':
@@ -423,13 +467,16 @@ def test_trainer_with_its_extensions(tmp_path):
                 del entry['elapsed_time']
                 del entry['micro']  # MicroAverage does not save its trigger
             assert a == b
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
     assert '18 iter, 6 epoch / 6 epochs' in printed, printed  # the progress bar
 
 
 def test_multiprocess_iterator(tmp_path):
     """Also without a main script that would repair the worker processes."""
-    run('''
+    run(
+        """
         import multiprocessing
         import chainer_deform
         import chainer
@@ -444,13 +491,16 @@ def test_multiprocess_iterator(tmp_path):
             iterator.finalize()
             assert batches == [
                 [(0, 0), (1, 1), (2, 4), (3, 9)], [(4, 16), (5, 25)]], (method, batches)
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize('installed', [False, True])
 def test_chainer_testing(tmp_path, installed):
-    """Without pkg_resources, and with one that warns as those of setuptools 67 to 81."""
-    (tmp_path / 'pkg_resources.py').write_text(textwrap.dedent(f'''
+    """Without pkg_resources, and with one that warns as setuptools 67 to 81 do."""
+    (tmp_path / 'pkg_resources.py').write_text(
+        textwrap.dedent(f"""
         import warnings
         if not {installed}:
             raise ModuleNotFoundError('gone')
@@ -463,8 +513,10 @@ def test_chainer_testing(tmp_path, installed):
             def require(self, requirement):
                 if requirement in ('numpy>=99', 'no-such-package'):
                     raise ResolutionError
-        '''))
-    run(f'''
+        """)
+    )
+    run(
+        f"""
         installed = {installed}
         import sys
         import chainer_deform
@@ -481,26 +533,33 @@ def test_chainer_testing(tmp_path, installed):
             return hasattr(decorator(lambda: None), '__unittest_skip__')
 
         for requirement, fulfilled in (
-                ('numpy>=1.10', True), ('numpy>=99', False), ('no-such-package', False)):
+                ('numpy>=1.10', True), ('numpy>=99', False),
+                ('no-such-package', False)):
             assert skips(testing.with_requires(requirement)) != fulfilled
             assert skips(testing.without_requires(requirement)) == fulfilled
             assert doctest_helper.skipif_requires_satisfied(requirement) == fulfilled
-        ''', tmp_path, path=[tmp_path])
+        """,
+        tmp_path,
+        path=[tmp_path],
+    )
 
 
 def test_chainermn(tmp_path):
     """With a mpi4py of which nothing works but its import."""
     (tmp_path / 'mpi4py').mkdir()
     (tmp_path / 'mpi4py/__init__.py').touch()
-    (tmp_path / 'mpi4py/MPI.py').write_text(textwrap.dedent('''
+    (tmp_path / 'mpi4py/MPI.py').write_text(
+        textwrap.dedent("""
         import collections
         _typedict = collections.defaultdict(str)
 
         def __getattr__(name):
             if name.startswith('__'):
                 raise AttributeError(name)
-        '''))
-    run('''
+        """)
+    )
+    run(
+        """
         import chainer_deform
         import numpy as np
         import chainermn
@@ -516,7 +575,24 @@ def test_chainermn(tmp_path):
         slave = multi_node_iterator._MultiNodeIteratorSlave(Communicator(), 0)
         assert slave.dataset_size == 20
         assert type(slave.dataset_size) is int
-        ''', tmp_path, path=[tmp_path])
+
+        # Gradients that travel as float16 arrive in parameters of float32.
+        import chainer
+        from chainermn.communicators import _memory_utility
+
+        class Buffer:
+            def to_device(self, array, size, offset, stream):
+                assert (array.dtype, size, offset) == (np.float16, 6, 0)
+                array[...] = [1, 2, 3]
+
+        param = chainer.Parameter(np.zeros(3, 'f'))
+        _memory_utility.unpack_params([param], 'data', Buffer(), np.float16, False)
+        assert param.array.tolist() == [1, 2, 3]
+        assert param.dtype == np.float32
+        """,
+        tmp_path,
+        path=[tmp_path],
+    )
 
 
 @pytest.mark.parametrize('has_mapping', [False, True])
@@ -528,15 +604,19 @@ def test_onnx_chainer(tmp_path, has_mapping):
         (package / f'{name}.py').touch()
     (package / '__init__.py').write_text('__version__ = "1.23.0"')
     (package / 'helper.py').write_text('np_dtype_to_tensor_dtype = "type of {}".format')
-    (package / 'numpy_helper.py').write_text(textwrap.dedent('''
+    (package / 'numpy_helper.py').write_text(
+        textwrap.dedent("""
         import types
         def from_array(array, name):
             return types.SimpleNamespace(data_type=1, array=array, name=name)
-        '''))
+        """)
+    )
     if has_mapping:
         (package / 'mapping.py').write_text(
-            'NP_TYPE_TO_TENSOR_TYPE = {}; STORAGE_TENSOR_TYPE_TO_FIELD = {}')
-    run(f'''
+            'NP_TYPE_TO_TENSOR_TYPE = {}; STORAGE_TENSOR_TYPE_TO_FIELD = {}'
+        )
+    run(
+        f"""
         has_mapping = {has_mapping}
         import sys
         import chainer_deform
@@ -556,11 +636,15 @@ def test_onnx_chainer(tmp_path, has_mapping):
         from onnx_chainer import context
         tensor = context._tensor_from_array_for_constant(np.arange(3), 'name')
         assert tensor.array.tolist() == [0, 1, 2]
-        ''', tmp_path, path=[tmp_path])
+        """,
+        tmp_path,
+        path=[tmp_path],
+    )
 
 
 def test_onnx_chainer_without_onnx(tmp_path):
-    run('''
+    run(
+        """
         import sys
         sys.modules['onnx'] = None
         import chainer_deform
@@ -570,4 +654,6 @@ def test_onnx_chainer_without_onnx(tmp_path):
         except ImportError as e:
             message = str(e)
         assert 'ONNX is not installed' in message
-        ''', tmp_path)
+        """,
+        tmp_path,
+    )

@@ -1,4 +1,5 @@
-"""``python -m chainer_deform PROGRAM`` does what ``python PROGRAM`` does, and patches Chainer."""
+"""``python -m chainer_deform SCRIPT`` is ``python SCRIPT`` with a patched Chainer."""
+
 import importlib.util
 import os
 import pathlib
@@ -15,9 +16,14 @@ def python(*args, cwd):
     """Runs Python in cwd, with warnings as errors."""
     path = os.pathsep.join([str(_ROOT), os.environ.get('PYTHONPATH', '')])
     return subprocess.run(
-        [sys.executable, '-W', 'error', *args], cwd=cwd,
-        env={**os.environ, 'PYTHONPATH': path}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120)
+        [sys.executable, '-W', 'error', *args],
+        cwd=cwd,
+        env={**os.environ, 'PYTHONPATH': path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def write(path, code):
@@ -27,7 +33,8 @@ def write(path, code):
 
 def same_as_python(*args, cwd):
     """Runs a program both ways and checks that all three results are the same."""
-    plain, ours = (python(*way, *args, cwd=cwd) for way in ((), ('-m', 'chainer_deform')))
+    plain = python(*args, cwd=cwd)
+    ours = python('-m', 'chainer_deform', *args, cwd=cwd)
     assert ours.stdout == plain.stdout
     assert ours.stderr == plain.stderr
     assert ours.returncode == plain.returncode
@@ -36,21 +43,25 @@ def same_as_python(*args, cwd):
 
 def test_script_sees_what_python_shows_it(tmp_path):
     write(tmp_path / 'folder/beside.py', 'answer = 42')
-    write(tmp_path / 'folder/script.py', '''
+    write(
+        tmp_path / 'folder/script.py',
+        """
         import pickle
         import sys
         import beside  # sys.path[0] is the script's folder
 
         class Pickled:
-            pass
+            annotated: int = 0
 
         assert type(pickle.loads(pickle.dumps(Pickled()))) is Pickled
         assert vars(sys.modules['__main__']) is globals()
         if __name__ == '__main__':
             print(sys.argv, sys.path[0], beside.answer)
-            print(__file__, __spec__, __package__, __doc__, __builtins__, type(__loader__))
+            print(__file__, __spec__, __package__, __doc__, __builtins__)
+            print(type(__loader__), Pickled.__annotations__)
             print(sorted(set(globals()) - {'__annotations__'}))
-        ''')
+        """,
+    )
     os.symlink('folder/script.py', tmp_path / 'link.py')
     args = ['--help', '-m', 'x', '--', '-W', '']
     result = same_as_python('folder/script.py', *args, cwd=tmp_path)
@@ -59,13 +70,23 @@ def test_script_sees_what_python_shows_it(tmp_path):
     assert same_as_python('link.py', cwd=tmp_path).returncode == 0
 
 
-@pytest.mark.parametrize('code, status', [
-    ('raise SystemExit(3)', 3),
-    ('raise SystemExit("a message")', 1),
-    ('def f():\n    try:\n        {}[1]\n    except KeyError:\n        1 / 0\n\nf()', 1),
-    ('x = = 1', 1),
-    ('import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)', -2),
-], ids=['exit', 'message', 'exception', 'syntax', 'interrupt'])
+@pytest.mark.parametrize(
+    'code, status',
+    [
+        ('raise SystemExit(3)', 3),
+        ('raise SystemExit("a message")', 1),
+        (
+            'def f():\n    try:\n        {}[1]\n    except KeyError:\n        1 / 0\nf()',
+            1,
+        ),
+        ('x = = 1', 1),
+        (
+            'import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)',
+            -2,
+        ),
+    ],
+    ids=['exit', 'message', 'exception', 'syntax', 'interrupt'],
+)
 def test_exit_status_and_traceback(tmp_path, code, status):
     (tmp_path / 'script.py').write_text(code)
     assert same_as_python('script.py', cwd=tmp_path).returncode == status
@@ -74,11 +95,15 @@ def test_exit_status_and_traceback(tmp_path, code, status):
 def test_module(tmp_path):
     write(tmp_path / 'package/__init__.py', 'here = "package"')
     write(tmp_path / 'package/__main__.py', 'from . import module')
-    write(tmp_path / 'package/module.py', '''
+    write(
+        tmp_path / 'package/module.py',
+        """
         import sys
         from . import here
-        print(sys.argv, sys.path[0], here, __name__, __file__, __package__, __spec__.name)
-        ''')
+        print(sys.argv, sys.path[0], here)
+        print(__name__, __file__, __package__, __spec__.name)
+        """,
+    )
     args = '-m', 'package.module', '--help'
     result = same_as_python(*args, cwd=tmp_path)
     assert 'module.py' in result.stdout and '--help' in result.stdout
@@ -89,7 +114,9 @@ def test_module(tmp_path):
 
 def test_unmodified_script_and_its_workers(tmp_path):
     """A worker process imports the script too, and must be repaired before it does."""
-    write(tmp_path / 'script.py', '''
+    write(
+        tmp_path / 'script.py',
+        '''
         import multiprocessing
         import chainer
         import chainer.functions as F
@@ -134,19 +161,64 @@ def test_unmodified_script_and_its_workers(tmp_path):
                     assert receiver.recv() == (1, 1, 3, 3)
                 child.join()
                 print(method)
-        ''')
+        ''',
+    )
     result = python('-m', 'chainer_deform', 'script.py', cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, ''), result.stderr
     assert 'spawn' in result.stdout.split()
 
 
-@pytest.mark.parametrize('args, status, stdout, stderr', [
-    ([], 2, '', 'usage: python -m chainer_deform SCRIPT'),
-    (['--help'], 0, 'usage: python -m chainer_deform SCRIPT', ''),
-    (['--verbose', 'script.py'], 2, '', 'usage: python -m chainer_deform SCRIPT'),
-    (['missing.py'], 2, '', "can't open 'missing.py': No such file or directory\n"),
-    (['-m', 'missing'], 2, '', "no module 'missing' to run\n"),
-], ids=['nothing', 'help', 'option', 'script', 'module'])
+def test_fork_server_that_imports_the_script(tmp_path):
+    """As that of the newest Pythons does, unless told otherwise."""
+    write(
+        tmp_path / 'script.py',
+        """
+        import multiprocessing
+        import chainer
+
+        if __name__ == '__main__':
+            multiprocessing.set_start_method('forkserver')
+            with multiprocessing.Pool(1) as pool:
+                print(pool.apply(chainer.as_array, [chainer.Variable()]))
+        """,
+    )
+    result = python(
+        '-c',
+        textwrap.dedent("""
+        import multiprocessing.spawn
+        import runpy
+        import sys
+        get_preparation_data = multiprocessing.spawn.get_preparation_data
+
+        def newer(name):
+            data = get_preparation_data(name)
+            return {**data, 'main_path': data.get('init_main_from_path')}
+
+        multiprocessing.spawn.get_preparation_data = newer
+        sys.argv = ['chainer_deform', 'script.py']
+        runpy.run_module('chainer_deform', run_name='__main__', alter_sys=True)
+        """),
+        cwd=tmp_path,
+    )
+    assert (result.returncode, result.stderr) == (0, ''), result.stderr
+
+
+@pytest.mark.parametrize(
+    'args, status, stdout, stderr',
+    [
+        ([], 2, '', 'usage: python -m chainer_deform SCRIPT'),
+        (['--help'], 0, 'usage: python -m chainer_deform SCRIPT', ''),
+        (['--verbose', 'script.py'], 2, '', 'usage: python -m chainer_deform SCRIPT'),
+        (
+            ['missing.py'],
+            2,
+            '',
+            "cannot open 'missing.py': No such file or directory\n",
+        ),
+        (['-m', 'missing'], 2, '', "no module 'missing' to run\n"),
+    ],
+    ids=['nothing', 'help', 'option', 'script', 'module'],
+)
 def test_command_line(tmp_path, args, status, stdout, stderr):
     result = python('-m', 'chainer_deform', *args, cwd=tmp_path)
     assert result.returncode == status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import chainer
 from chainer import backend
 
-from chainer_deform.sampling import cpu
+from chainer_deform.sampling import cpu, cuda
 from chainer_deform.sampling.geometry import Geometry
 
 
@@ -121,11 +121,14 @@ class DeformableConvolution2DSampler(chainer.FunctionNode):
         self.geometry.check_arrays(dict(zip(self.names, in_types)))
 
     def forward_cpu(self, inputs):
-        self.retain_inputs(range(len(inputs)))
-        return (cpu.forward(self.geometry, **dict(zip(self.names, inputs))),)
+        return self._forward(cpu, inputs)
 
     def forward_gpu(self, inputs):
-        raise _no_gpu()
+        return self._forward(cuda, inputs)
+
+    def _forward(self, sampling, inputs):
+        self.retain_inputs(range(len(inputs)))
+        return (sampling.forward(self.geometry, **dict(zip(self.names, inputs))),)
 
     def backward(self, indexes, gy):
         node = DeformableConvolution2DSamplerGrad(
@@ -152,13 +155,16 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
         self.wanted = wanted
 
     def forward_cpu(self, inputs):
-        gradients = cpu.backward(
+        return self._forward(cpu, inputs)
+
+    def forward_gpu(self, inputs):
+        return self._forward(cuda, inputs)
+
+    def _forward(self, sampling, inputs):
+        gradients = sampling.backward(
             self.geometry, self.wanted, **dict(zip(self.names, inputs))
         )
         return tuple(gradients[name] for name in self.wanted)
-
-    def forward_gpu(self, inputs):
-        raise _no_gpu()
 
     def backward(self, indexes, grad_outputs):
         raise RuntimeError(
@@ -181,10 +187,3 @@ def _check_devices(arguments: dict) -> None:
                 f'{name} must be on the device of x, {devices["x"]}, '
                 f'but is on {devices[name]}'
             )
-
-
-def _no_gpu() -> RuntimeError:
-    return RuntimeError(
-        'deformable_convolution_2d_sampler does not run on GPUs yet: '
-        'move the model and its inputs to the CPU'
-    )

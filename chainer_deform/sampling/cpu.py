@@ -248,18 +248,12 @@ def _pieces(geometry: Geometry, x_shape, offset, mask, dtype) -> Iterator[_Taps]
     position_bytes = geometry.taps * (
         3 * c * dtype.itemsize + 20 * 8 * geometry.offset_groups
     )
-    count = max(1, PIECE_BYTES // position_bytes)
-    images, positions = max(1, count // (out_h * out_w)), min(count, out_h * out_w)
     offset = _tap_view(geometry, offset)
     if mask is not None:
         mask = _tap_view(geometry, mask)[..., 0]
-    for i in range(0, n, images):
-        for p in range(0, out_h * out_w, positions):
-            piece = (
-                slice(i, min(i + images, n)),
-                slice(p, min(p + positions, out_h * out_w)),
-            )
-            yield _Taps(geometry, piece, x_shape, out_w, offset, mask, dtype)
+    count = PIECE_BYTES // position_bytes
+    for piece in geometry.pieces(n, out_h * out_w, count):
+        yield _Taps(geometry, piece, x_shape, out_w, offset, mask, dtype)
 
 
 def _compute_dtype(*arrays):

@@ -25,7 +25,7 @@ DATA_SEED = 0
 DIGITS_TEST_SIZE = 500
 
 
-def load(name: str) -> tuple[TupleDataset, TupleDataset, TupleDataset]:
+def load_datasets(name: str) -> tuple[TupleDataset, TupleDataset, TupleDataset]:
     """Returns the training set, the test set and the warped test set.
 
     Images are float32 in [0, 1] of shape ``(1, 28, 28)``, labels are int32.
@@ -33,13 +33,10 @@ def load(name: str) -> tuple[TupleDataset, TupleDataset, TupleDataset]:
     if name == 'digits':
         train, test = load_digits()
     else:
-        get = {
-            'mnist': chainer.datasets.get_mnist,
-            'fashion-mnist': chainer.datasets.get_fashion_mnist,
-        }[name]
+        get = getattr(chainer.datasets, 'get_' + name.replace('-', '_'))
         # Chainer announces its downloads on stderr, which is for errors here.
         with contextlib.redirect_stderr(sys.stdout):
-            train, test = get(ndim=3, dtype=numpy.float32)
+            train, test = get(ndim=3)
     images, labels = chainer.dataset.concat_examples(test)
     return train, test, TupleDataset(warp(images), labels)
 

@@ -13,25 +13,36 @@ import pathlib
 import tempfile
 from collections.abc import Callable
 
+# Matrices as small as these gain nothing from threads, and how many there are changes
+# the last bits. It has to be said before NumPy is imported.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
 import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
-import chainer_deform  # isort: skip  (before Chainer, which it repairs)
+import chainer_deform  # noqa: F401  # isort: skip  (before Chainer, which it repairs)
 
 import chainer
-import data
 from chainer import training
 from chainer.training import extensions
+from data import DATASETS, load_datasets
 from models import LAST_CONVOLUTIONS, DigitNet
 
-UPRIGHT = 'validation/main/accuracy'
-WARPED = 'warped/main/accuracy'
 TEST_BATCHSIZE = 100  # divides the test sets, so that the mean over batches is exact
+LOSSES = ['main/loss', 'validation/main/loss', 'warped/main/loss']
+ACCURACIES = ['main/accuracy', 'validation/main/accuracy', 'warped/main/accuracy']
 
 
 class Failure(Exception):
-    """Something the user has to put right; the message says what."""
+    """Something that the user has to put right; the message says what."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says in one line, without the usage, what is wrong."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def main() -> None:
@@ -44,19 +55,69 @@ def main() -> None:
         parser.error(str(failure))
 
 
+def make_parser() -> Parser:
+    """Returns the parser of the command line."""
+    parser = Parser(
+        description=__doc__.partition('\n')[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    models = 'models to train, one after another'
+    add('--model', nargs='+', choices=LAST_CONVOLUTIONS, help=models)
+    add('--dataset', choices=DATASETS, help='all but digits are downloaded')
+    add('--epoch', type=integer(1), help='epochs to train')
+    add('--batchsize', type=integer(1), help='images per update')
+    add('--seed', type=integer(0), help='of the initial weights and the shuffling')
+    add('--device', help='@numpy for the CPU, @cupy:0 or 0 for a GPU')
+    add('--resume', metavar='SNAPSHOT', help='continue the training of this file')
+    add('--out', type=pathlib.Path, help='directory to write to')
+    parser.set_defaults(
+        model=['deformable'],
+        dataset='digits',
+        epoch=10,
+        batchsize=32,
+        seed=0,
+        device='@numpy',
+        out=pathlib.Path('result'),
+    )
+    return parser
+
+
+def integer(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
+    """Returns the type of an option that is an integer from ``low`` to ``high``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f'must be an integer from {low} to {high}, not {text!r}'
+            )
+        return value
+
+    return parse
+
+
 def run(args: argparse.Namespace) -> None:
-    """Does what ``main`` does for options that have been parsed."""
+    """Trains and compares the models that the options ask for.
+
+    Raises:
+        Failure: A file, the device or an option is not usable.
+
+    """
     kinds = list(dict.fromkeys(args.model))
     if args.resume and len(kinds) > 1:
         raise Failure('--resume continues one model: give --model one name')
     device = use_device(args.device)
     for kind in kinds:
         make_directory(args.out / kind)
-    datasets = load_data(args.dataset)
+    datasets = load(args.dataset)
     if args.batchsize > len(datasets[0]):
         raise Failure(
-            f'--batchsize {args.batchsize} is more than the {len(datasets[0])} '
-            'training images'
+            f'--batchsize {args.batchsize} is too large: '
+            f'there are {len(datasets[0])} training images'
         )
 
     matplotlib.use('Agg')  # no display is needed
@@ -68,73 +129,15 @@ def run(args: argparse.Namespace) -> None:
             resume(args.resume, trainer)
         print(f'\n{kind}')
         trainer.run()
-        results[kind], logs[kind] = summarise(trainer)
+        logs[kind] = trainer.get_extension('LogReport').log
+        results[kind] = summarise(trainer)
 
-    options = ('dataset', 'epoch', 'batchsize', 'seed', 'offset_rate')
+    options = ('dataset', 'epoch', 'batchsize', 'seed')
     report = {**{name: getattr(args, name) for name in options}, 'models': results}
-    text = json.dumps(report, indent=2) + '\n'
-    replace(args.out / 'accuracies.json', lambda path: path.write_text(text))
-    replace(args.out / 'curves.png', lambda path: plot(logs).savefig(path, format='png'))
-    print(f'\n{table(results)}\n\nSee {args.out}/accuracies.json and curves.png.')
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says in one line, without the usage, what is wrong."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
-def make_parser() -> Parser:
-    """Returns the parser of the command line."""
-    parser = Parser(
-        description=__doc__.partition('\n')[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add('--model', nargs='+', choices=LAST_CONVOLUTIONS, default=['deformable'],
-        help='which models to train, one after another')  # fmt: skip
-    add('--dataset', choices=data.DATASETS, default='digits',
-        help='digits come with scikit-learn, the others are downloaded')  # fmt: skip
-    add('--epoch', type=integer(1), default=10, help='epochs to train in all')
-    add('--batchsize', type=integer(1), default=32, help='images per update')
-    add('--seed', type=integer(0, 2**32 - 1), default=0,
-        help='of the initial weights and of the order of the images')  # fmt: skip
-    add('--offset-rate', type=factor, default=1.0,
-        help="learning rate of the offset convolutions, relative to the rest's")  # fmt: skip
-    add('--device', default='@numpy', help='@numpy, or @cupy:0 or 0 for a GPU')
-    add('--resume', metavar='SNAPSHOT', help='continue from this file')
-    add('--out', type=pathlib.Path, default='result', help='directory to write to')
-    return parser
-
-
-def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Returns the type of an option that is an integer from ``low`` to ``high``."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < low or (high is not None and value > high):
-            limit = f'of at least {low}' if high is None else f'from {low} to {high}'
-            raise argparse.ArgumentTypeError(f'must be an integer {limit}, not {text!r}')
-        return value
-
-    return parse
-
-
-def factor(text: str) -> float:
-    """The type of an option that is a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(
-            f'must be a finite number of at least 0, not {text!r}'
-        )
-    return value
+    text = json.dumps(report, indent=2)
+    write(args.out / 'accuracies.json', lambda path: path.write_text(text + '\n'))
+    write(args.out / 'curves.png', plot(logs).savefig)
+    print(f'\n{table(results)}\n\nSee accuracies.json and curves.png in {args.out}.')
 
 
 def use_device(name: str) -> chainer.backend.Device:
@@ -143,8 +146,7 @@ def use_device(name: str) -> chainer.backend.Device:
         device = chainer.get_device(name)
         device.use()
     except (OverflowError, RuntimeError, ValueError) as error:
-        reason = str(error).partition('\n')[0]
-        raise Failure(f'cannot use --device {name}: {reason}') from None
+        raise Failure(f'cannot use --device {name}: {first_line(error)}') from None
     return device
 
 
@@ -158,56 +160,68 @@ def make_directory(path: pathlib.Path) -> None:
         raise Failure(f'cannot write to {path}: {error.strerror}') from None
 
 
-def load_data(name: str) -> tuple:
+def load(name: str) -> tuple:
     """Returns the training set, the test set and the warped test set."""
     try:
-        return data.load(name)
+        return load_datasets(name)
     except Exception as error:  # whatever the network or a broken file comes to
-        reason = str(error).partition('\n')[0]
-        raise Failure(f'cannot load --dataset {name}: {reason}') from None
+        raise Failure(f'cannot load --dataset {name}: {first_line(error)}') from None
+
+
+def resume(path: str, trainer: training.Trainer) -> None:
+    """Loads a snapshot, from which the trainer then goes on."""
+    try:
+        with open(path, 'rb') as file:
+            chainer.serializers.load_npz(file, trainer)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise Failure(f'cannot read --resume {path}: {reason}') from None
+    except Exception:  # whatever a broken or foreign file comes to
+        raise Failure(
+            f'--resume {path} is broken, or no snapshot of this model and dataset'
+        ) from None
+    done, wanted = trainer.updater.epoch, trainer.stop_trigger.period
+    if done >= wanted:
+        raise Failure(
+            f'--resume {path} has {done} epochs already: --epoch {wanted} is too few'
+        )
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error says, cut to one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def make_trainer(kind: str, args, device, datasets) -> training.Trainer:
-    """Returns a trainer of one model, which writes to a directory of its own."""
-    numpy.random.seed(args.seed)  # for the weights; nothing else draws from it
+    """Returns the trainer of one model, which writes to a directory of its own."""
     train, upright, warped = datasets
-    net = DigitNet(kind)
-    model = chainer.links.Classifier(net)
+    numpy.random.seed(args.seed)  # for the initial weights; nothing else draws from it
+    model = chainer.links.Classifier(DigitNet(kind))
     model.to_device(device)
     optimizer = chainer.optimizers.Adam(alpha=2e-3).setup(model)
-    for conv in net.offset_convs():
-        chainer_deform.optimizer_hooks.scale_updates(conv, args.offset_rate)
-
     iterator = chainer.iterators.SerialIterator(
-        train, args.batchsize, order_sampler=order_sampler(args.seed)
+        train, args.batchsize, order_sampler=shuffler(args.seed)
     )
     updater = training.updaters.StandardUpdater(iterator, optimizer, device=device)
     trainer = training.Trainer(updater, (args.epoch, 'epoch'), out=args.out / kind)
 
     for name, dataset in ('validation', upright), ('warped', warped):
-        batches = chainer.iterators.SerialIterator(
+        iterator = chainer.iterators.SerialIterator(
             dataset, TEST_BATCHSIZE, repeat=False, shuffle=False
         )
-        evaluator = extensions.Evaluator(batches, model, device=device)
+        evaluator = extensions.Evaluator(iterator, model, device=device)
         trainer.extend(evaluator, name=name)
     trainer.extend(extensions.ExponentialShift('alpha', 0.85), trigger=(1, 'epoch'))
     trainer.extend(extensions.LogReport())
-    losses = ['main/loss', 'validation/main/loss', 'warped/main/loss']
-    accuracies = ['main/accuracy', UPRIGHT, WARPED]
-    trainer.extend(extensions.PrintReport(['epoch', losses[0], *accuracies]))
-    for keys, filename in (losses, 'loss.png'), (accuracies, 'accuracy.png'):
-        report = extensions.PlotReport(keys, 'epoch', filename=filename)
-        trainer.extend(report, name=filename)
+    trainer.extend(extensions.PrintReport(['epoch', 'main/loss', *ACCURACIES]))
+    trainer.extend(extensions.PlotReport(LOSSES, 'epoch', filename='loss.png'))
+    trainer.extend(extensions.PlotReport(ACCURACIES, 'epoch', filename='accuracy.png'))
     trainer.extend(extensions.ProgressBar(update_interval=10))
-    trainer.extend(Settings(
-        model=kind, dataset=args.dataset, batchsize=args.batchsize,
-        seed=args.seed, offset_rate=args.offset_rate,
-    ))  # fmt: skip
     trainer.extend(extensions.snapshot(filename='snapshot_epoch_{.updater.epoch}.npz'))
     return trainer
 
 
-def order_sampler(seed: int) -> Callable:
+def shuffler(seed: int) -> Callable:
     """Returns what puts the training images into a new random order for each epoch.
 
     Each order follows from the one before. So a snapshot, which holds the present
@@ -215,76 +229,33 @@ def order_sampler(seed: int) -> Callable:
     """
 
     def next_order(order, position):
-        random = numpy.random.RandomState([seed, *order])
-        return random.permutation(len(order))
+        return numpy.random.RandomState([seed, *order]).permutation(len(order))
 
     return next_order
 
 
-class Settings(training.Extension):
-    """Keeps in the snapshots with which options their training was started."""
-
-    def __init__(self, **settings) -> None:
-        self.settings = settings
-
-    def __call__(self, trainer) -> None:
-        """Has nothing to do while training goes on."""
-
-    def serialize(self, serializer) -> None:
-        serializer('settings', json.dumps(self.settings))
-
-
-def resume(path: str, trainer: training.Trainer) -> None:
-    """Loads a snapshot, if it is one of the same training."""
-    try:
-        with numpy.load(path) as snapshot:
-            old = json.loads(str(snapshot['extensions/Settings/settings']))
-        for name, value in trainer.get_extension('Settings').settings.items():
-            if old[name] != value:
-                option = '--' + name.replace('_', '-')
-                raise Failure(
-                    f'--resume {path} was trained with {option} {old[name]}, '
-                    f'not with {value}'
-                )
-        chainer.serializers.load_npz(path, trainer)
-    except Failure:
-        raise
-    except OSError as error:
-        raise Failure(f'--resume {path}: {error.strerror or error}') from None
-    except Exception:  # a broken file can break anything on the way
-        raise Failure(
-            f'--resume {path} is no snapshot of this script, or is broken'
-        ) from None
-    epoch, target = trainer.updater.epoch, trainer.stop_trigger.period
-    if epoch >= target:
-        raise Failure(
-            f'--resume {path} has {epoch} epochs already: --epoch must be more, '
-            f'not {target}'
-        )
-
-
-def summarise(trainer: training.Trainer) -> tuple[dict, list[dict]]:
-    """Returns the figures of a model at the end of its training, and its log."""
-    log = trainer.get_extension('LogReport').log
+def summarise(trainer: training.Trainer) -> dict:
+    """Returns the figures of a model at the end of its training."""
+    last = trainer.get_extension('LogReport').log[-1]
     net = trainer.updater.get_optimizer('main').target.predictor
-    result = {
+    return {
         'parameters': net.count_params(),
         'offset_parameters': sum(conv.count_params() for conv in net.offset_convs()),
-        'accuracy_upright': round(log[-1][UPRIGHT], 6),
-        'accuracy_warped': round(log[-1][WARPED], 6),
+        'upright_accuracy': round(last['validation/main/accuracy'], 6),
+        'warped_accuracy': round(last['warped/main/accuracy'], 6),
         'seconds': round(trainer.elapsed_time, 1),
     }
-    return result, log
 
 
 def table(results: dict[str, dict]) -> str:
     """Returns the table of all models."""
-    lines = ['model       parameters  of offsets  upright  warped  seconds']
-    lines += [
-        f'{kind:10}  {r["parameters"]:10,}  {r["offset_parameters"]:10,}  '
-        f'{r["accuracy_upright"]:7.2%}  {r["accuracy_warped"]:6.2%}  {r["seconds"]:7.1f}'
-        for kind, r in results.items()
-    ]
+    lines = ['model       parameters  of offsets  upright   warped  seconds']
+    for kind, result in results.items():
+        parameters, offset_parameters, upright, warped, seconds = result.values()
+        lines.append(
+            f'{kind:10}  {parameters:10,}  {offset_parameters:10,}  '
+            f'{upright:7.2%}  {warped:7.2%}  {seconds:7.1f}'
+        )
     return '\n'.join(lines)
 
 
@@ -293,17 +264,15 @@ def plot(logs: dict[str, list[dict]]) -> Figure:
     figure = Figure(figsize=(10, 4), dpi=120, layout='constrained')
     left, right = figure.subplots(1, 2)
     for number, (kind, log) in enumerate(logs.items()):
-        epochs = [entry['epoch'] for entry in log]
-
-        def line(axes, key, style, label, epochs=epochs, log=log, color=f'C{number}'):
-            values = [entry[key] for entry in log]
-            axes.plot(epochs, values, style, color=color, label=label, markersize=4)
-
-        line(left, 'main/loss', 'o-', kind)
-        line(right, UPRIGHT, 'o-', f'{kind}, upright')
-        line(right, WARPED, 's--', f'{kind}, warped')
-    left.set(title='Training loss', ylabel='cross-entropy', yscale='log')
-    right.set(title='Accuracy on the test set', ylabel='accuracy', ylim=(0, 1.02))
+        for axes, key, style, label in (
+            (left, 'main/loss', 'o-', kind),
+            (right, 'validation/main/accuracy', 'o-', f'{kind}, upright'),
+            (right, 'warped/main/accuracy', 's--', f'{kind}, warped'),
+        ):
+            x, y = zip(*((entry['epoch'], entry[key]) for entry in log))
+            axes.plot(x, y, style, color=f'C{number}', label=label, markersize=4)
+    left.set(title='Training', ylabel='loss (cross-entropy)', yscale='log')
+    right.set(title='Test', ylabel='accuracy', ylim=(0, 1.02))
     for axes in left, right:
         axes.set_xlabel('epoch')
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -312,10 +281,10 @@ def plot(logs: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def replace(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes a file beside its place and renames it: it is never there half written."""
-    beside = path.with_name(path.name + '.part')
-    write(beside)
+def write(path: pathlib.Path, save: Callable[[pathlib.Path], object]) -> None:
+    """Saves a file beside its place and renames it: it is never there half written."""
+    beside = path.with_name(f'.{path.name}')
+    save(beside)
     os.replace(beside, path)
 
 

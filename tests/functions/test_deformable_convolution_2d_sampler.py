@@ -8,11 +8,7 @@ from chainer import gradient_check
 from chainer.utils import type_check
 
 from chainer_deform.functions import deformable_convolution_2d_sampler
-from chainer_deform.functions.deformable_convolution_2d_sampler import (
-    DeformableConvolution2DSampler,
-)
 from chainer_deform.sampling import cpu
-from chainer_deform.sampling.geometry import Geometry
 from tests import reference
 from tests.cases import CASES, Case, assert_close
 
@@ -444,11 +440,6 @@ class TestGraph:
         (gx,) = chainer.grad([y], [x], enable_double_backprop=True)
         with pytest.raises(RuntimeError, match='differentiable once'):
             F.sum(gx * gx).backward()
-
-    def test_gpu_is_refused_in_one_clear_error(self):
-        node = DeformableConvolution2DSampler(Geometry(3), ('x', 'offset', 'W'))
-        with pytest.raises(RuntimeError, match='does not run on GPUs yet'):
-            node.forward_gpu(())
 
 
 class TestErrors:

@@ -1,0 +1,367 @@
+"""The sampler on the GPU: elementwise kernels for the columns, cuBLAS for the product.
+
+Twin of :mod:`chainer_deform.sampling.cpu`, with the same letters for the shapes. The
+image is channels last, so that a thread reads several channels of a pixel in one
+access. A tap is the work of ``LANES`` neighbouring threads of a warp, which share its
+channels. What does not change from batch to batch of a layer is compiled into its
+kernels; the sizes of batch and images are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+import chainer
+import numpy
+from chainer.backends.cuda import cupy
+
+from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.sampling.kernels import sampler_kernel, swap_kernel
+
+#: Bytes that the columns of a piece may take.
+COLUMN_BYTES = 1 << 30
+
+#: Lanes of a warp that may share a tap.
+MOST_LANES = 32
+
+#: Positions per image below which one product for all images replaces one for each.
+FEW_POSITIONS = 512
+
+
+def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
+    """Returns ``y``; shapes and dtypes are those of the public function."""
+    dtype, real = _dtypes(x, offset, W, mask, b)
+    image = _swap(x, dtype)
+    filters = _filters(geometry, W, dtype)
+    groups, group_out = filters.shape[:2]
+    n, (out_h, out_w) = len(x), offset.shape[2:]
+    y = cupy.empty((n, groups, group_out, out_h * out_w), dtype)
+    if b is not None:
+        y[...] = b.astype(dtype).reshape(groups, group_out, 1)
+
+    for taps in _pieces(geometry, x.shape, offset, mask, dtype, real):
+        columns = taps.sample(image)
+        # (m, G, oCg, p)
+        view = y[taps.piece[0], :, :, taps.piece[1]]
+        m, p = view.shape[0], view.shape[3]
+        if m > 1 and p < FEW_POSITIONS:
+            # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
+            flat = cupy.empty((groups, group_out, m * p), dtype)
+            _matmul(filters, columns.transpose(0, 2, 1), flat)
+            flat = flat.reshape(groups, group_out, m, p).transpose(2, 0, 1, 3)
+            view[...] = flat if b is None else view + flat
+            continue
+        # (G, m, K * iCg, p)
+        columns = columns.reshape(groups, m, p, -1).transpose(0, 1, 3, 2)
+        if groups <= m:
+            for g in range(groups):
+                # (m, oCg, p) = (oCg, K * iCg) @ (m, K * iCg, p)
+                _matmul(filters[g : g + 1], columns[g], view[:, g], b is not None)
+        else:
+            for i in range(m):
+                # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
+                _matmul(filters, columns[:, i], view[i], b is not None)
+    return y.reshape(n, len(W), out_h, out_w).astype(x.dtype, copy=False)
+
+
+def backward(
+    geometry: Geometry,
+    wanted: Collection[str],
+    gy,
+    x,
+    offset,
+    W,
+    mask=None,
+    b=None,
+) -> dict:
+    """Returns the gradients of the arguments named in ``wanted``, and no others."""
+    dtype, real = _dtypes(x, offset, W, mask, gy)
+    image = _swap(x, dtype)
+    filters = _filters(geometry, W, dtype)
+    groups, group_out = filters.shape[:2]
+    n, c, h, w = x.shape
+    gy = gy.reshape(n, groups, group_out, gy.shape[2] * gy.shape[3])
+
+    wanted = set(wanted)
+    gradients = {}
+    for name, array in ('offset', offset), ('mask', mask):
+        if name in wanted:
+            gradients[name] = cupy.empty(array.shape, array.dtype)
+    gimage = cupy.zeros((n, h * w, c), real) if 'x' in wanted else None
+    gfilters = cupy.zeros(filters.shape, numpy.promote_types(dtype, numpy.float32))
+
+    pieces = _pieces(geometry, x.shape, offset, mask, dtype, real)
+    for taps in pieces if wanted - {'b'} else ():
+        # (G, oCg, m * p) from (m, G, oCg, p)
+        gy_piece = gy[taps.piece[0], :, :, taps.piece[1]].transpose(1, 2, 0, 3)
+        gy_piece = cupy.ascontiguousarray(gy_piece, dtype).reshape(
+            groups, group_out, -1
+        )
+        if wanted <= {'W', 'b'}:
+            columns = taps.sample(image)
+        else:
+            # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
+            columns = taps.new_columns()
+            _matmul(gy_piece.transpose(0, 2, 1), filters, columns)
+            taps.differentiate(
+                image,
+                columns,
+                gimage,
+                gradients.get('offset'),
+                gradients.get('mask'),
+                recompute='W' in wanted,
+            )
+        if 'W' in wanted:
+            # (G, oCg, K * iCg) = (G, oCg, m * p) @ (G, m * p, K * iCg)
+            _matmul(gy_piece, columns, gfilters, add=True)
+
+    if 'x' in wanted:
+        gradients['x'] = _swap(gimage, x.dtype).reshape(x.shape)
+    if 'W' in wanted:
+        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
+        gW = gfilters.reshape(groups, group_out, geometry.taps, -1).swapaxes(2, 3)
+        gradients['W'] = cupy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
+    if 'b' in wanted:
+        gradients['b'] = gy.sum((0, 3), real).reshape(-1).astype(b.dtype)
+    return gradients
+
+
+class _Taps:
+    """The sampling points of a piece, and what the kernels do with them."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        piece: tuple[slice, slice],
+        x_shape,
+        offset,
+        mask,
+        dtype,
+        real,
+    ) -> None:
+        self.geometry, self.piece = geometry, piece
+        self.dtype, self.real = dtype, real
+        _, self.c, self.h, self.w = x_shape
+        self.offset, self.mask = offset, mask
+        self.images, self.positions = (axis.stop - axis.start for axis in piece)
+        self.rows = self.images * self.positions
+        self.taps = self.rows * geometry.taps * geometry.offset_groups
+
+        group_c = self.c // geometry.groups
+        offset_c = self.c // geometry.offset_groups
+        self.vector = math.gcd(math.gcd(group_c, offset_c), 16 // dtype.itemsize)
+        lanes = 1
+        while lanes < min(MOST_LANES, offset_c // self.vector):
+            lanes *= 2
+        self.lanes = lanes
+
+    def new_columns(self):
+        """Memory for the columns (G, m * p, K * iCg)."""
+        groups = self.geometry.groups
+        depth = self.geometry.taps * self.c // groups
+        return cupy.empty((groups, self.rows, depth), self.dtype)
+
+    def sample(self, image):
+        """The columns: the modulated values of the image at the points."""
+        columns = self.new_columns()
+        self._launch(
+            'sample', self.taps * self.lanes, {'T image': image}, {'T columns': columns}
+        )
+        return columns
+
+    def differentiate(self, image, columns, gimage, goffset, gmask, recompute) -> None:
+        """Adds to ``gimage``, and writes to ``goffset`` and ``gmask``, unless None.
+
+        ``columns`` holds the columns' gradient and becomes, if ``recompute`` is true,
+        the columns themselves.
+        """
+        if gimage is not None:
+            if chainer.config.cudnn_deterministic:
+                self._gather(columns, gimage)
+                gimage = None
+            else:
+                chainer.utils.nondeterministic('atomicAdd')
+        outputs = {
+            'T columns': columns,
+            'R gimage': gimage,
+            'O goffset': goffset,
+            'M gmask': gmask,
+        }
+        outputs = {name: out for name, out in outputs.items() if out is not None}
+        if len(outputs) > 1 or recompute:
+            self._launch(
+                'differentiate',
+                self.taps * self.lanes,
+                {'T image': image},
+                outputs,
+                recompute,
+            )
+
+    def _gather(self, gcolumns, gimage) -> None:
+        """Adds to ``gimage`` in an order that is the same in every run.
+
+        The taps are sorted by the cell of the pixel grid that their point lies in; each
+        pixel then sums over the taps of its four cells.
+        """
+        cells = self.images * self.geometry.offset_groups * (self.h + 1) * (self.w + 1)
+        keys = cupy.empty(self.taps, numpy.int64)
+        self._launch('sort_key', self.taps, {}, {'int64 keys': keys})
+        keys = cupy.sort(keys)
+        starts = cupy.searchsorted(
+            keys, cupy.arange(cells + 1, dtype=numpy.int64) * self.taps
+        )
+        self._launch(
+            'gather',
+            self.images * self.h * self.w * (self.c // self.vector),
+            {'T gcolumns': gcolumns, 'int64 keys': keys, 'int64 starts': starts},
+            {'R gimage': gimage},
+        )
+
+    def _launch(self, name, size, inputs, outputs, recompute=False) -> None:
+        """Runs a kernel over arrays, by type and name, and what every kernel takes."""
+        geometry = self.geometry
+        inputs = {**inputs, 'O offset': self.offset}
+        if self.mask is not None:
+            inputs['M mask'] = self.mask
+        constants = (
+            *(('VEC', self.vector), ('LANES', self.lanes), ('C', self.c)),
+            *(('GROUPS', geometry.groups), ('OG', geometry.offset_groups)),
+            *(('K', geometry.taps), ('KW', geometry.kw)),
+            *(('SY', geometry.sy), ('SX', geometry.sx)),
+            *(('PH', geometry.ph), ('PW', geometry.pw)),
+            *(('DY', geometry.dy), ('DX', geometry.dx)),
+            *(
+                ('RECOMPUTE', int(recompute)),
+                ('DOUBLE', int(self.real == numpy.float64)),
+            ),
+        )
+        kernel = sampler_kernel(name, tuple(inputs), tuple(outputs), constants)
+        kernel(
+            *(array.ravel() for array in inputs.values()),
+            self.piece[0].start,
+            self.piece[1].start,
+            self.positions,
+            self.rows,
+            self.h,
+            self.w,
+            *self.offset.shape[2:],
+            *(array.reshape(-1) for array in outputs.values()),
+            size=size,
+        )
+
+
+def _pieces(geometry: Geometry, x_shape, offset, mask, dtype, real) -> Iterator[_Taps]:
+    """The work cut into pieces; few, as only memory and 32-bit indices ask for them."""
+    offset = cupy.ascontiguousarray(offset)
+    if mask is not None:
+        mask = cupy.ascontiguousarray(mask)
+    position = geometry.taps * x_shape[1]
+    count = min(COLUMN_BYTES // (position * dtype.itemsize), (2**31 - 1) // position)
+    positions = offset.shape[2] * offset.shape[3]
+    for piece in geometry.pieces(x_shape[0], positions, count):
+        yield _Taps(geometry, piece, x_shape, offset, mask, dtype, real)
+
+
+def _dtypes(x, offset, W, *others):
+    """The dtype of image, columns and product, and that of coordinates and sums."""
+    dtype = numpy.promote_types(x.dtype, W.dtype)
+    dtypes = (array.dtype for array in (offset, *others) if array is not None)
+    return dtype, numpy.result_type(numpy.float32, dtype, *dtypes)
+
+
+def _filters(geometry: Geometry, W, dtype):
+    """(out_c, iCg, kh, kw) -> (G, oCg, K * iCg)."""
+    groups, K = geometry.groups, geometry.taps
+    filters = W.reshape(groups, -1, W.shape[1], K).swapaxes(2, 3)
+    return cupy.ascontiguousarray(filters, dtype).reshape(groups, -1, K * W.shape[1])
+
+
+def _swap(array, dtype):
+    """(n, r, s...) -> (n, s..., r), the s as one axis, in another dtype."""
+    n, rows = array.shape[:2]
+    cols = math.prod(array.shape[2:])
+    array = cupy.ascontiguousarray(array)
+    target = cupy.empty((n, cols, rows), dtype)
+    whole = rows % 4 == cols % 4 == _pointer(array) % (4 * array.itemsize) == 0
+    tile = 4 if whole else 1
+    blocks = -(-rows // (4 * tile)), -(-cols // (8 * tile))
+    swap_kernel(tile)(
+        array.ravel(),
+        rows,
+        cols,
+        *blocks,
+        target.reshape(-1),
+        size=n * blocks[0] * blocks[1] * 32,
+    )
+    return target
+
+
+def _matmul(a, b, out, add=False) -> None:
+    """``out[i] = a[i] @ b[i]``, or ``+=``, for each i; ``a`` may have just one matrix.
+
+    All are views in which one of the last two axes is contiguous, in ``out`` the last.
+    cupy.matmul would copy such views, and rounds float16 otherwise.
+    """
+    batch, rows, cols = out.shape
+    # cuBLAS counts by columns: it computes the transpose of the product.
+    b_transposed, b_leading = _order(b)
+    a_transposed, a_leading = _order(a)
+    _, leading = _order(out)
+    real = numpy.float64 if a.dtype == numpy.float64 else numpy.float32
+    one, beta = numpy.ones((), real), numpy.full((), add, real)
+    cublas = cupy.cuda.cublas
+    cublas.gemmStridedBatchedEx(
+        cupy.cuda.device.get_cublas_handle(),
+        *(b_transposed, a_transposed, cols, rows, a.shape[2], one.ctypes.data),
+        *(_pointer(b), _CUDA_TYPES[b.dtype.char], b_leading, _stride(b, 0)),
+        *(_pointer(a), _CUDA_TYPES[a.dtype.char], a_leading, _stride(a, 0)),
+        beta.ctypes.data,
+        *(_pointer(out), _CUDA_TYPES[out.dtype.char], leading, _stride(out, 0)),
+        *(batch, _compute_type(a.dtype), -1),
+    )
+
+
+def _order(matrices) -> tuple[int, int]:
+    """Whether cuBLAS has to transpose a row-major matrix, and its leading dimension."""
+    _, rows, cols = matrices.shape
+    row, col = _stride(matrices, 1), _stride(matrices, 2)
+    if (col == 1 or cols == 1) and (row >= cols or rows == 1):
+        return 0, max(row, cols)
+    return 1, max(col, rows)
+
+
+def _stride(matrices, axis: int) -> int:
+    """The step along an axis, in elements; 0 along a batch of one."""
+    if matrices.shape[axis] == 1:
+        return 0
+    return matrices.strides[axis] // matrices.itemsize
+
+
+# Numbers of cudaDataType and cublasComputeType_t.
+_CUDA_TYPES = {'e': 2, 'f': 0, 'd': 1}
+_COMPUTE_FLOAT32, _COMPUTE_FLOAT64, _COMPUTE_TF32 = 68, 70, 77
+
+
+def _compute_type(dtype) -> int:
+    """What sums and, for float32, factors are rounded to: TF32 where both allow it.
+
+    CuPy does by the environment variable ``CUPY_TF32``, Chainer does not where its
+    configuration says ``use_cudnn_tensor_core = 'never'``.
+    """
+    if dtype == numpy.float64:
+        return _COMPUTE_FLOAT64
+    allowed = chainer.config.use_cudnn_tensor_core != 'never'
+    if dtype == numpy.float32 and allowed and _cupy_uses_tf32():
+        return _COMPUTE_TF32
+    return _COMPUTE_FLOAT32
+
+
+def _cupy_uses_tf32() -> bool:
+    from cupy._core import _routines_linalg as linalg
+
+    return linalg.get_compute_type(numpy.float32) == linalg.COMPUTE_TYPE_TF32
+
+
+def _pointer(array) -> int:
+    return array.data.ptr

@@ -1,0 +1,211 @@
+"""Compiles every kernel for real, as CuPy would on a GPU; needs NVRTC, but no GPU.
+
+The host code runs on NumPy arrays; each kernel that it launches is compiled instead,
+for several architectures, from the source that CuPy generates for it.
+"""
+
+import functools
+import io
+import pathlib
+import re
+import types
+import warnings
+
+import numpy
+import pytest
+
+from chainer_deform.sampling import cuda, kernels
+from chainer_deform.sampling.geometry import Geometry
+from tests import emulator
+from tests.cases import CASES, Case
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # CuPy's about libraries that are not needed here
+    cupy = pytest.importorskip('cupy', reason='make test-cuda-compile installs CuPy')
+    nvidia = pytest.importorskip(
+        'nvidia', reason='make test-cuda-compile installs NVRTC'
+    )
+    from cupy._core import _carray, _kernel, _scalar, core
+    from cupy.cuda import compiler
+
+ARCHITECTURES = ('sm_70', 'sm_75', 'sm_80', 'sm_90')
+
+#: Most registers of a thread, of those kernels that take the time. All others are only
+#: held to no spills.
+REGISTERS = {
+    ('chainer_deform_sample', 'float32'): 64,
+    ('chainer_deform_sample', 'float16'): 80,
+    ('chainer_deform_differentiate', 'float32'): 80,
+    ('chainer_deform_differentiate', 'float16'): 128,
+}
+
+_ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's kinds of arguments
+
+
+def compile_options() -> list[str]:
+    includes = [core._get_header_dir_path()]
+    for path in nvidia.__path__:
+        includes += map(str, pathlib.Path(path).rglob('include'))
+    return [
+        '--std=c++17',
+        *(f'-I{path}' for path in includes),
+        *core._get_cccl_include_options(),
+        '--ptxas-options=-v',
+    ]
+
+
+@functools.cache
+def accepted_architectures() -> list[str]:
+    """Those of ARCHITECTURES that this NVRTC still knows."""
+    accepted = []
+    for architecture in ARCHITECTURES:
+        program = compiler._NVRTCProgram('', 'empty.cu', method='cubin')
+        try:
+            program.compile((f'-arch={architecture}',))
+        except compiler.CompileException as error:
+            if 'gpu-architecture' not in str(error):
+                raise
+        else:
+            accepted.append(architecture)
+    return accepted
+
+
+def generated_source(kernel, args) -> str:
+    """What CuPy would compile to run a kernel on these arrays and numbers."""
+    infos, letters = [], {}
+    for param, arg in zip(kernel.params, (*args, None)):
+        if param.raw:
+            infos.append(
+                _kernel._ArgInfo(_ARRAY, cupy.ndarray, arg.dtype, 1, True, False)
+            )
+            if param.dtype is None:
+                letters[param.ctype] = arg.dtype
+        elif param.name == '_ind':
+            infos.append(
+                _kernel._ArgInfo(_INDEXER, _carray.Indexer, None, 1, True, False)
+            )
+        else:
+            infos.append(
+                _kernel._ArgInfo(_SCALAR, _scalar.CScalar, param.dtype, 0, True, False)
+            )
+    code = _kernel._get_elementwise_kernel_code(
+        tuple(infos),
+        _kernel._TypeMap(tuple(letters.items())),
+        kernel.params,
+        kernel.operation,
+        kernel.name,
+        kernel.preamble,
+    )
+    return ''.join(f'#include <{name}>\n' for name in core._cupy_header_list) + code
+
+
+class CompiledKernel:
+    """Compiles itself when it is called, for every architecture, and runs nothing."""
+
+    compiled: dict = {}
+
+    def __init__(self, *args, **kwargs):
+        self.kernel = cupy.ElementwiseKernel(*args, **kwargs)
+
+    def __call__(self, *args, size):
+        source = generated_source(self.kernel, args)
+        for architecture in accepted_architectures():
+            if (source, architecture) in self.compiled:
+                continue
+            log = io.StringIO()
+            program = compiler._NVRTCProgram(source, 'kernel.cu', method='cubin')
+            program.compile((*compile_options(), f'-arch={architecture}'), log)
+            self.compiled[source, architecture] = log.getvalue()
+            self.check(log.getvalue(), args[0].dtype.name, architecture)
+
+    def check(self, log, dtype, architecture):
+        used = {
+            what: sum(map(int, re.findall(rf'(\d+) {what}', log)))
+            for what in (
+                'registers',
+                'bytes stack frame',
+                'bytes spill stores',
+                'bytes smem',
+            )
+        }
+        print(self.kernel.name, dtype, architecture, used)
+        assert used['registers']
+        assert not used['bytes spill stores']
+        assert not used['bytes stack frame']
+        assert not used['bytes smem']
+        assert used['registers'] <= REGISTERS.get((self.kernel.name, dtype), 255)
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    for function in kernels.sampler_kernel, kernels.swap_kernel:
+        function.cache_clear()
+    fake = types.SimpleNamespace(**vars(emulator.cupy))
+    fake.ElementwiseKernel = CompiledKernel
+    fake.empty = numpy.zeros  # sort keys have to be numbers
+    monkeypatch.setattr(cuda, 'cupy', fake)
+    monkeypatch.setattr(kernels, 'cupy', fake)
+    monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
+    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)
+    yield
+    for function in kernels.sampler_kernel, kernels.swap_kernel:
+        function.cache_clear()
+
+
+def launch_everything(case, dtype, offset_dtype=None):
+    arrays, gy = case.arrays(dtype, offset_dtype), case.gy(dtype)
+    options = case.options
+    geometry = Geometry(
+        case.ksize,
+        *(
+            options[name]
+            for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
+        ),
+    )
+    cuda.forward(geometry, **arrays)
+    for wanted in (arrays, {'x'}, {'offset'}, {'mask', 'W'}, {'W'}):
+        for deterministic in False, True:
+            with cuda.chainer.using_config('cudnn_deterministic', deterministic):
+                cuda.backward(geometry, set(wanted) & arrays.keys(), gy, **arrays)
+
+
+def test_architectures():
+    accepted = accepted_architectures()
+    print('compiled for', accepted)
+    assert {'sm_80', 'sm_90'} <= set(accepted)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64'])
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case(n=1, c=256, out_c=1, ksize=(3, 3), pad=(1, 1)),
+        Case(n=1, c=64, out_c=1, ksize=(3, 3), mask=True, groups=1, offset_groups=2),
+        CASES['all'],
+        CASES['plain'],
+    ],
+    ids=['256 channels', 'modulated', 'all', 'plain'],
+)
+def test_every_kernel_compiles(case, dtype):
+    launch_everything(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'offset_dtype'),
+    [('float16', 'float32'), ('float32', 'float64'), ('float64', 'float16')],
+)
+def test_mixed_dtypes_compile(dtype, offset_dtype):
+    launch_everything(CASES['all'], dtype, offset_dtype)
+
+
+def test_vector_atomics():
+    """The image gradient of float32 is added in one access of 16 bytes on sm_90."""
+    launch_everything(Case(n=1, c=256, out_c=1), 'float32')
+    sources = [
+        source
+        for source, _ in CompiledKernel.compiled
+        if '#define GIMAGE 1' in source and '#define VEC 4' in source
+    ]
+    program = compiler._NVRTCProgram(sources[-1], 'kernel.cu')
+    ptx, _ = program.compile((*compile_options()[:-1], '-arch=compute_90'))
+    assert re.search(rb'(red|atom)\.global\.[a-z.]*v4\.f32', ptx)

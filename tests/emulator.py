@@ -1,0 +1,234 @@
+"""Runs the GPU path on NumPy arrays: its kernels in C++, its products in NumPy.
+
+``cupy`` here stands in for CuPy. Its ``ElementwiseKernel`` compiles the very sources
+that a GPU gets and checks every index of every array; its cuBLAS follows the pointers
+and leading dimensions that it is given. What it cannot show are races, misalignment and
+what lanes of a warp tell each other: those need a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+import types
+
+import numpy
+
+COMPILER = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
+
+_TYPES = {
+    'float16': 'float16',
+    'float32': 'float',
+    'float64': 'double',
+    'int32': 'int',
+    'int64': 'long long',
+}
+
+_HEADER = r"""
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#define __device__
+#define __CUDA_ARCH__ 0
+using std::floor;
+using std::isnan;
+
+// As CuPy's: stored in 16 bits, computed with in 32.
+struct float16 {
+    unsigned short bits;
+    float16() {}
+    float16(float value) {
+        unsigned int f;
+        std::memcpy(&f, &value, 4);
+        const unsigned int sign = f >> 16 & 0x8000, magnitude = f & 0x7fffffff;
+        if (magnitude > 0x7f800000) {
+            bits = sign | 0x7e00;
+        } else if (magnitude >= 0x477ff000) {  // rounds to more than the largest
+            bits = sign | 0x7c00;
+        } else if (magnitude < 0x38800000) {  // subnormal: a multiple of 2 ** -24
+            bits = sign | (unsigned int)std::nearbyint(std::fabs(value) * 16777216.0f);
+        } else {
+            const unsigned int even = magnitude >> 13 & 1;
+            bits = sign | ((magnitude - 0x38000000 + 0xfff + even) >> 13);
+        }
+    }
+    explicit float16(double value) : float16((float)value) {}
+    operator float() const {
+        const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+        float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+            : exponent ? std::ldexp(1024.0f + fraction, exponent - 25)
+            : std::ldexp((float)fraction, -24);
+        return bits & 0x8000 ? -value : value;
+    }
+};
+
+template <typename T> T atomicAdd(T* address, T value) { return *address += value; }
+
+static const char* broken;
+
+template <typename T> struct Raw {
+    T* data;
+    long long size;
+    const char* name;
+    T& operator[](long long k) const {
+        if (k < 0 || k >= size) {
+            broken = name;
+            return *data;
+        }
+        return data[k];
+    }
+};
+"""
+
+
+class ElementwiseKernel:
+    def __init__(self, in_params, out_params, operation, name, preamble=''):
+        self.inputs = [param.split() for param in in_params.split(',')]
+        self.outputs = [param.split() for param in out_params.split(',')]
+        self.operation, self.preamble, self.name = operation, preamble, name
+
+    def __call__(self, *args, size):
+        params = self.inputs + self.outputs
+        if len(args) != len(params):
+            raise TypeError(f'{self.name} takes {len(params)} arguments: {len(args)}')
+        letters, fields, values = {}, [], []
+        for param, arg in zip(params, args):
+            name = param[-1]
+            if param[0] != 'raw':
+                fields.append(
+                    f'const {_TYPES[param[0]]} {name} = (int)scalars[{name}_];'
+                )
+                values.append((name, int(arg), 0))
+                continue
+            type_name = _TYPES[arg.dtype.name]
+            if letters.setdefault(param[1], type_name) != type_name:
+                raise TypeError(f'{name} is {type_name}, not {letters[param[1]]}')
+            if not (arg.flags.c_contiguous and arg.ndim == 1):
+                raise TypeError(f'{name} is not 1-D and contiguous')
+            const = 'const ' if param in self.inputs else ''
+            fields.append(
+                f'const Raw<{const}{type_name}> {name} = {{({const}{type_name}*)'
+                f'scalars[{name}_], sizes[{name}_], "{name}"}};'
+            )
+            values.append((name, arg.ctypes.data, arg.size))
+        source = '\n'.join(
+            [
+                _HEADER,
+                *(
+                    f'typedef {t} {letter};'
+                    for letter, t in letters.items()
+                    if len(letter) == 1
+                ),
+                self.preamble,
+                'enum {' + ', '.join(f'{name}_' for name, _, _ in values) + '};',
+                'extern "C" const char* run(',
+                '    long long n, const long long* scalars, const long long* sizes) {',
+                *fields,
+                'broken = 0;',
+                'for (ptrdiff_t i = 0; i < n; ++i) {',
+                self.operation,
+                '}',
+                'return broken;',
+                '}',
+            ]
+        )
+        array = ctypes.c_longlong * len(values)
+        broken = _compile(source)(
+            ctypes.c_longlong(size),
+            array(*(value for _, value, _ in values)),
+            array(*(size for _, _, size in values)),
+        )
+        if broken:
+            raise IndexError(f'{self.name} left the array {broken.decode()}')
+
+
+@functools.cache
+def _compile(source: str):
+    """The function ``run`` of a source, compiled once for all processes."""
+    folder = pathlib.Path(__file__).parents[1] / 'build' / 'emulator'
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / (hashlib.sha256(source.encode()).hexdigest() + '.so')
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            path = pathlib.Path(scratch) / 'kernel.cpp'
+            path.write_text(source)
+            subprocess.run(
+                [
+                    COMPILER,
+                    '-std=c++14',
+                    '-O1',
+                    '-shared',
+                    '-fPIC',
+                    '-w',
+                    '-o',
+                    str(path.with_suffix('.so')),
+                    str(path),
+                ],
+                check=True,
+            )
+            path.with_suffix('.so').rename(library)
+    run = ctypes.CDLL(str(library)).run
+    run.restype = ctypes.c_char_p
+    return run
+
+
+def _empty(shape, dtype=float):
+    """Memory with something in it that shows if it is used."""
+    return numpy.full(shape, numpy.nan if numpy.dtype(dtype).kind == 'f' else -1, dtype)
+
+
+def _matrices(pointer, type_number, rows, cols, leading, step, batch):
+    """A batch of matrices as cuBLAS sees it, column by column."""
+    if leading < max(1, rows):
+        raise ValueError(f'leading dimension {leading} of {rows} rows')
+    dtype = numpy.dtype({2: 'e', 0: 'f', 1: 'd'}[type_number])
+    elements = 1 + (batch - 1) * step + (cols - 1) * leading + rows - 1
+    memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(pointer)
+    return numpy.lib.stride_tricks.as_strided(
+        numpy.frombuffer(memory, dtype),
+        (batch, rows, cols),
+        [dtype.itemsize * stride for stride in (step, 1, leading)],
+    )
+
+
+@numpy.errstate(all='ignore')
+def _gemm(
+    handle, transa, transb, m, n, k, alpha, a, a_type, lda, a_step, b, b_type, ldb,
+    b_step, beta, c, c_type, ldc, c_step, batch, compute_type, algorithm,
+):  # fmt: skip
+    """cublasGemmStridedBatchedEx."""
+    if (a_type, b_type) != (b_type, a_type) or (a_type, c_type) not in (
+        (2, 2), (2, 0), (0, 0), (1, 1)
+    ):  # fmt: skip
+        raise TypeError(f'no product of types {a_type}, {b_type}, {c_type}')
+    if compute_type not in {2: (68,), 0: (68, 77), 1: (70,)}[a_type]:
+        raise TypeError(f'compute type {compute_type} for type {a_type}')
+    scalar = ctypes.c_double if compute_type == 70 else ctypes.c_float
+    alpha, beta = (scalar.from_address(pointer).value for pointer in (alpha, beta))
+    a = _matrices(a, a_type, *((k, m) if transa else (m, k)), lda, a_step, batch)
+    b = _matrices(b, b_type, *((n, k) if transb else (k, n)), ldb, b_step, batch)
+    c = _matrices(c, c_type, m, n, ldc, c_step, batch)
+    a = a.swapaxes(1, 2) if transa else a
+    b = b.swapaxes(1, 2) if transb else b
+    product = alpha * (a.astype(float) @ b.astype(float))
+    c[...] = product if beta == 0 else product + beta * c
+
+
+cupy = types.SimpleNamespace(
+    **{
+        name: getattr(numpy, name)
+        for name in ('arange', 'ascontiguousarray', 'searchsorted', 'sort', 'zeros')
+    },
+    empty=_empty,
+    ElementwiseKernel=ElementwiseKernel,
+    cuda=types.SimpleNamespace(
+        cublas=types.SimpleNamespace(gemmStridedBatchedEx=_gemm),
+        device=types.SimpleNamespace(get_cublas_handle=lambda: 0),
+    ),
+)

@@ -1,0 +1,258 @@
+"""The GPU path on NumPy arrays: kernels emulated, products by their pointers."""
+
+import chainer
+import numpy
+import pytest
+
+from chainer_deform.sampling import cuda, kernels
+from chainer_deform.sampling.geometry import Geometry
+from tests import emulator, reference
+from tests.cases import CASES, Case, assert_close
+
+pytestmark = pytest.mark.skipif(
+    emulator.COMPILER is None, reason='the emulator needs a C++ compiler'
+)
+every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    for function in kernels.sampler_kernel, kernels.swap_kernel:
+        function.cache_clear()
+    monkeypatch.setattr(cuda, 'cupy', emulator.cupy)
+    monkeypatch.setattr(kernels, 'cupy', emulator.cupy)
+    monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
+    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)
+    monkeypatch.setattr(cuda, 'MOST_LANES', 1)
+    yield
+    for function in kernels.sampler_kernel, kernels.swap_kernel:
+        function.cache_clear()
+
+
+def geometry_of(case):
+    options = case.options
+    return Geometry(
+        case.ksize,
+        *(
+            options[name]
+            for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
+        ),
+    )
+
+
+def run(case, arrays, gy, wanted=None):
+    geometry = geometry_of(case)
+    y = cuda.forward(geometry, **arrays)
+    wanted = arrays if wanted is None else wanted
+    return y, cuda.backward(geometry, wanted, gy, **arrays)
+
+
+def check(case, arrays, gy, dtype=None):
+    y, gradients = run(case, arrays, gy)
+    expected_y, expected = reference.deformable_convolution_2d_sampler(
+        **arrays, **case.options, gy=gy
+    )
+    assert y.dtype == arrays['x'].dtype
+    assert_close(y, expected_y, 'y', dtype)
+    assert gradients.keys() == arrays.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arrays[name].dtype, name
+        assert_close(gradient, expected[name], name, dtype)
+    return y, gradients
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16'])
+@every_case
+def test_output_and_gradients(case, dtype):
+    check(case, case.arrays(dtype), case.gy(dtype))
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'offset_dtype'),
+    [('float16', 'float32'), ('float32', 'float64'), ('float64', 'float16')],
+)
+@pytest.mark.parametrize('name', ['all', 'no bias'])
+def test_mixed_dtypes(name, dtype, offset_dtype):
+    case = CASES[name]
+    worst = min(dtype, offset_dtype, key=lambda d: numpy.dtype(d).itemsize)
+    check(case, case.arrays(dtype, offset_dtype), case.gy(dtype), worst)
+
+
+def test_filter_of_another_dtype():
+    """As in mixed precision, where parameters may be wider than the data."""
+    case = CASES['all']
+    arrays = case.arrays('float16')
+    arrays['W'], arrays['b'] = (arrays[name].astype('f') for name in ('W', 'b'))
+    check(case, arrays, case.gy('float16'), 'float16')
+
+
+@pytest.mark.parametrize('few_positions', [0, 512])
+@pytest.mark.parametrize('column_bytes', [1, 2_000, 10_000])
+@pytest.mark.parametrize('name', ['all', 'depthwise', 'plain', 'empty batch'])
+def test_pieces(name, column_bytes, few_positions, monkeypatch):
+    monkeypatch.setattr(cuda, 'COLUMN_BYTES', column_bytes)
+    monkeypatch.setattr(cuda, 'FEW_POSITIONS', few_positions)
+    check(CASES[name], CASES[name].arrays('float32'), CASES[name].gy('float32'))
+
+
+@pytest.mark.parametrize('c', [8, 12, 16, 24])
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_vectors_of_channels(c, dtype):
+    """1 to 8 channels a thread, and whole tiles of the transposition."""
+    case = Case(c=c, out_c=4, size=(4, 6), groups=2, offset_groups=2, mask=True)
+    check(case, case.arrays(dtype), case.gy(dtype))
+
+
+@pytest.mark.parametrize('lanes', [2, 4, 32])
+def test_lanes_share_the_channels(lanes, monkeypatch):
+    """Forward only: what the lanes tell each other in backward is not emulated."""
+    monkeypatch.setattr(cuda, 'MOST_LANES', lanes)
+    case = Case(c=24, out_c=4, offset_groups=2, groups=2, mask=True)
+    arrays = case.arrays()
+    y = cuda.forward(geometry_of(case), **arrays)
+    expected = reference.deformable_convolution_2d_sampler(**arrays, **case.options)
+    assert_close(y, expected, 'y')
+
+
+@pytest.mark.parametrize('piece_bytes', [1 << 30, 2_000])
+@pytest.mark.parametrize(
+    'name', ['all', 'depthwise', 'plain', '1 x 1 image', 'large pad']
+)
+def test_deterministic(name, piece_bytes, monkeypatch):
+    monkeypatch.setattr(cuda, 'COLUMN_BYTES', piece_bytes)
+    case = CASES[name]
+    with (
+        chainer.using_config('cudnn_deterministic', True),
+        chainer.using_config('warn_nondeterministic', True),
+    ):
+        check(case, case.arrays('float32'), case.gy('float32'))
+        lattice = case.arrays()
+        lattice['offset'] = numpy.round(lattice['offset'])
+        check(case, lattice, case.gy())
+
+
+def test_atomics_are_announced():
+    case = CASES['plain']
+    with chainer.using_config('warn_nondeterministic', True):
+        run(case, case.arrays(), case.gy(), ('offset', 'W', 'b'))
+        with pytest.warns(UserWarning, match='atomicAdd'):
+            run(case, case.arrays(), case.gy(), ('x',))
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize(
+    'wanted',
+    [
+        ('x',),
+        ('offset',),
+        ('mask',),
+        ('W',),
+        ('b',),
+        ('offset', 'mask'),
+        ('W', 'b'),
+        ('x', 'b'),
+        ('mask', 'W'),
+    ],
+)
+def test_only_the_gradients_asked_for(wanted, deterministic):
+    case = CASES['all']
+    _, expected = run(case, case.arrays(), case.gy())
+    with chainer.using_config('cudnn_deterministic', deterministic):
+        _, gradients = run(case, case.arrays(), case.gy(), wanted)
+    assert gradients.keys() == set(wanted)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], name)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+@pytest.mark.parametrize('seed', range(5))
+def test_hostile_values(seed, dtype, deterministic):
+    """They end in the oracle's answer, and no index leaves its array."""
+    case = Case(n=2, c=4, out_c=2, pad=(1, 0), groups=2, offset_groups=2, mask=True)
+    arrays, gy = case.arrays(dtype), case.gy(dtype)
+    random = numpy.random.RandomState(seed)
+    values = [numpy.nan, numpy.inf, -numpy.inf, 3e38, -3e38, 2**31, -(2**31), 2**63, -1]
+    for value in values:
+        flat = arrays['offset'].reshape(-1)
+        flat[random.randint(flat.size, size=3)] = value
+    for name in 'mask', 'x':
+        flat = arrays[name].reshape(-1)
+        flat[random.randint(flat.size, size=2)] = values[seed % 3]
+    with chainer.using_config('cudnn_deterministic', deterministic):
+        check(case, arrays, gy)
+
+
+def test_memory_order_does_not_matter():
+    case = CASES['all']
+    y, gradients = run(case, case.arrays(), case.gy())
+    for change in (numpy.asfortranarray, lambda a: numpy.repeat(a, 2, -1)[..., ::2]):
+        arrays = {name: change(array) for name, array in case.arrays().items()}
+        for array in arrays.values():
+            array.setflags(write=False)
+        other_y, other = run(case, arrays, change(case.gy()))
+        assert_close(other_y, y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(other[name], gradient, name)
+
+
+def test_swap_of_an_unaligned_array():
+    array = numpy.arange(1, 1 + 2 * 8 * 12, dtype='f').reshape(2, 8, 12)
+    memory = numpy.zeros(array.size + 1, 'f')
+    unaligned = memory[1:].reshape(array.shape)
+    unaligned[...] = array
+    for source in array, unaligned:
+        for dtype in 'float16', 'float64':
+            numpy.testing.assert_array_equal(
+                cuda._swap(source, numpy.dtype(dtype)), array.swapaxes(1, 2)
+            )
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'environment', 'tensor_core', 'expected'),
+    [
+        ('float32', False, 'auto', 68),
+        ('float32', True, 'auto', 77),
+        ('float32', True, 'never', 68),
+        ('float16', True, 'auto', 68),
+        ('float64', True, 'auto', 70),
+    ],
+)
+def test_compute_type(dtype, environment, tensor_core, expected, monkeypatch):
+    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: environment)
+    with chainer.using_config('use_cudnn_tensor_core', tensor_core):
+        assert cuda._compute_type(numpy.dtype(dtype)) == expected
+
+
+def test_emulator_notices_an_index_outside():
+    kernel = emulator.ElementwiseKernel(
+        'raw T x, int32 shift', 'raw T y', 'y[i] = x[i + shift];', 'shift'
+    )
+    x, y = numpy.arange(5.0), numpy.zeros(5)
+    kernel(x, 0, y, size=5)
+    numpy.testing.assert_array_equal(y, x)
+    for shift, size in (1, 5), (-1, 5), (0, 6):
+        with pytest.raises(IndexError, match='shift left the array'):
+            kernel(x, shift, y, size=size)
+
+
+def test_emulated_half_is_numpys():
+    values = numpy.concatenate(
+        [
+            numpy.arange(65536, dtype=numpy.uint16).view('float16').astype('f'),
+            numpy.random.RandomState(0).normal(size=1000).astype('f')
+            * 10.0 ** numpy.arange(-10, 10).repeat(50).astype('f'),
+            numpy.array([65519, 65520, 1e30], 'f'),
+        ]
+    )
+    half = numpy.zeros(values.size, 'float16')
+    kernel = emulator.ElementwiseKernel(
+        'raw T x', 'raw U y', 'y[i] = U(x[i]);', 'convert'
+    )
+    kernel(values, half, size=values.size)
+    back = numpy.zeros_like(values)
+    kernel(half, back, size=values.size)
+    with numpy.errstate(all='ignore'):
+        expected = values.astype('float16')
+        numpy.testing.assert_array_equal(half, expected)
+        numpy.testing.assert_array_equal(back, expected.astype('f'))
