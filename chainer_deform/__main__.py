@@ -1,4 +1,5 @@
 """Runs an unmodified Chainer program with Chainer repaired and the drop-in in place."""
+
 from __future__ import annotations
 
 import builtins
@@ -13,14 +14,14 @@ from typing import Any, NoReturn
 
 import chainer_deform
 
-_USAGE = '''\
+_USAGE = """\
 usage: python -m chainer_deform SCRIPT [ARGS...]
        python -m chainer_deform -m MODULE [ARGS...]
 
 Runs an unmodified Chainer program as `python SCRIPT` or `python -m MODULE` would, with
 Chainer repaired for the NumPy and the Python that are installed, and its deformable
 convolution replaced by that of chainer_deform. All of ARGS goes to the program.
-'''
+"""
 
 
 def main() -> None:
@@ -81,8 +82,12 @@ def _find_script(name: str) -> tuple[types.CodeType, dict[str, Any]]:
     if not (sys.flags.isolated or getattr(sys.flags, 'safe_path', False)):
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     return compile(source, path, 'exec', dont_inherit=True), {
-        '__file__': path, '__cached__': None, '__package__': None, '__spec__': None,
-        '__loader__': importlib.machinery.SourceFileLoader('__main__', path)}
+        '__file__': path,
+        '__cached__': None,
+        '__package__': None,
+        '__spec__': None,
+        '__loader__': importlib.machinery.SourceFileLoader('__main__', path),
+    }
 
 
 def _find_module(name: str) -> tuple[types.CodeType, dict[str, Any]]:
@@ -94,8 +99,12 @@ def _find_module(name: str) -> tuple[types.CodeType, dict[str, Any]]:
         _fail(f'python -m chainer_deform: no module {name!r} to run\n')
     sys.argv[0] = spec.origin
     return spec.loader.get_code(spec.name), {
-        '__file__': spec.origin, '__cached__': spec.cached, '__package__': spec.parent,
-        '__spec__': spec, '__loader__': spec.loader}
+        '__file__': spec.origin,
+        '__cached__': spec.cached,
+        '__package__': spec.parent,
+        '__spec__': spec,
+        '__loader__': spec.loader,
+    }
 
 
 def _run(code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -103,7 +112,8 @@ def _run(code: types.CodeType, namespace: dict[str, Any]) -> None:
     main_module = vars(sys.modules['__main__'])
     main_module.clear()
     main_module.update(
-        namespace, __name__='__main__', __doc__=None, __builtins__=builtins)
+        namespace, __name__='__main__', __doc__=None, __builtins__=builtins
+    )
     exec(code, main_module)
 
 
@@ -126,4 +136,5 @@ def _fail(message: str) -> NoReturn:
 if __name__ == '__main__':
     # This namespace becomes the program's: go on in the importable copy of this module.
     from chainer_deform.__main__ import main
+
     main()

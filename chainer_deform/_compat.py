@@ -8,6 +8,7 @@ module's own code. What a repair does before and after that call is all that cha
 NumPy, the standard library and Chainer's files stay as they are, and what nobody
 imports (ChainerMN, ONNX-Chainer, ``chainer.testing``) is not loaded to be repaired.
 """
+
 from __future__ import annotations
 
 import functools
@@ -24,17 +25,17 @@ import numpy
 
 _NUMPY_2 = int(numpy.__version__.split('.')[0]) >= 2
 
-_NOT_INSTALLED = '''\
+_NOT_INSTALLED = """\
 chainer_deform needs Chainer, which is not installed. Chainer 7.8.1 only builds with \
 setuptools older than 81, which pip has to be told:
     echo 'setuptools<81' > build-constraints.txt
     export PIP_CONSTRAINT="$PWD/build-constraints.txt"
     export PIP_BUILD_CONSTRAINT="$PIP_CONSTRAINT"
-    pip install chainer==7.8.1'''
+    pip install chainer==7.8.1"""
 
-_TOO_LATE = '''\
+_TOO_LATE = """\
 chainer_deform was imported while `import chainer` was still running, too late to \
-repair it: put `import chainer_deform` before the first `import chainer`.'''
+repair it: put `import chainer_deform` before the first `import chainer`."""
 
 
 def install() -> None:
@@ -78,7 +79,8 @@ def _find_spec(name, path=None, target=None):
     if spec is not None:
         run = spec.loader.exec_module
         spec.loader.exec_module = lambda module: repair(
-            module, functools.partial(run, module))
+            module, functools.partial(run, module)
+        )
     return spec
 
 
@@ -92,8 +94,12 @@ def _rebind(function: Callable, **names: Any) -> Callable:
     ``xp is numpy`` would take the GPU's branch.
     """
     copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__,
-        function.__defaults__, function.__closure__)
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
     return functools.update_wrapper(copy, function)
 
 
@@ -135,12 +141,13 @@ def _as_strided(module, execute):
         return
     sctypes = {
         'int': [numpy.int8, numpy.int16, numpy.int32, numpy.int64],
-        'float': [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble]}
-    numpy.sctypes = sctypes  # for the module's own code, which reads it when it runs
+        'float': [numpy.float16, numpy.float32, numpy.float64, numpy.longdouble],
+    }
+    vars(numpy)['sctypes'] = sctypes  # the module's own code reads it
     try:
         execute()
     finally:
-        del numpy.sctypes
+        del vars(numpy)['sctypes']
     grad = module.AsStridedGrad
     grad.forward = _rebind(grad.forward, np=_with(numpy, sctypes=sctypes))
 
@@ -149,7 +156,8 @@ def _resize_images(module, execute):
     """Lends one function numpy.float: dropped by NumPy 1.24, deprecated in 1.23."""
     execute()
     module.compute_indices_and_weights = _rebind(
-        module.compute_indices_and_weights, numpy=_with(numpy, float=float))
+        module.compute_indices_and_weights, numpy=_with(numpy, float=float)
+    )
 
 
 def _categorical(module, execute):
@@ -157,8 +165,12 @@ def _categorical(module, execute):
     execute()
     if _NUMPY_2:
         categorical = module.Categorical
-        categorical.log_prob = _rebind(categorical.log_prob, numpy=_with(
-            numpy, meshgrid=lambda *xi, **kw: list(numpy.meshgrid(*xi, **kw))))
+        categorical.log_prob = _rebind(
+            categorical.log_prob,
+            numpy=_with(
+                numpy, meshgrid=lambda *xi, **kw: list(numpy.meshgrid(*xi, **kw))
+            ),
+        )
 
 
 def _convert(module, execute):
@@ -166,7 +178,8 @@ def _convert(module, execute):
     execute()
     module._concat_arrays_with_padding = _rebind(
         module._concat_arrays_with_padding,
-        numpy=_with(numpy, maximum=lambda a, b, out: numpy.maximum(a, b, out=out)))
+        numpy=_with(numpy, maximum=lambda a, b, out: numpy.maximum(a, b, out=out)),
+    )
 
 
 def _reporter(module, execute):
@@ -207,8 +220,10 @@ def _multiprocess_iterator(module, execute):
 
     loop = module._PrefetchLoop
     loop.launch_thread = _rebind(
-        loop.launch_thread, threading=_with(threading, Thread=Thread),
-        _fetch_setup=_fetch_setup)
+        loop.launch_thread,
+        threading=_with(threading, Thread=Thread),
+        _fetch_setup=_fetch_setup,
+    )
 
 
 def _fetch_setup(*args):
@@ -220,6 +235,7 @@ def _fetch_setup(*args):
     function stands in for Chainer's, so that chainer_deform is imported before Chainer.
     """
     from chainer.iterators import multiprocess_iterator
+
     multiprocess_iterator._fetch_setup(*args)
 
 
@@ -236,7 +252,8 @@ def _requirements(module, execute):
         return
     sys.modules['pkg_resources'] = types.SimpleNamespace(
         WorkingSet=lambda: types.SimpleNamespace(require=_require),
-        ResolutionError=importlib.metadata.PackageNotFoundError)
+        ResolutionError=importlib.metadata.PackageNotFoundError,
+    )
     try:
         execute()
     finally:
@@ -246,6 +263,7 @@ def _requirements(module, execute):
 def _require(*requirements):
     """Raises PackageNotFoundError unless all of e.g. 'numpy>=1.10' are installed."""
     from packaging.requirements import Requirement
+
     for requirement in map(Requirement, requirements):
         version = importlib.metadata.version(requirement.name)
         if not requirement.specifier.contains(version, prereleases=True):
@@ -269,17 +287,18 @@ def _memory_utility(module, execute):
     Since NumPy 2 and CuPy 14, ``xp.array(v, copy=False)`` raises if it has to copy.
     """
     execute()
-    xp = types.SimpleNamespace(
-        array=lambda v, copy, dtype: v.astype(dtype, copy=copy))
+    xp = types.SimpleNamespace(array=lambda v, copy, dtype: v.astype(dtype, copy=copy))
     backend = types.SimpleNamespace(get_array_module=lambda v: xp)
     module.unpack_params = _rebind(
-        module.unpack_params, chainer=types.SimpleNamespace(backend=backend))
+        module.unpack_params, chainer=types.SimpleNamespace(backend=backend)
+    )
 
 
 def _onnx_export(module, execute):
     """Lends ONNX-Chainer onnx.mapping, which newer versions of onnx dropped."""
     try:
         import onnx.helper
+
         missing = importlib.util.find_spec('onnx.mapping') is None
     except ImportError:  # no onnx: the module says so when it is used
         missing = False
@@ -289,9 +308,11 @@ def _onnx_export(module, execute):
     dtypes = map(numpy.dtype, '?bBhHiIqQefdFD')
     mapping = types.SimpleNamespace(
         NP_TYPE_TO_TENSOR_TYPE={
-            dtype: onnx.helper.np_dtype_to_tensor_dtype(dtype) for dtype in dtypes},
-        # Of which types to write the values in a readable form; none is as good.
-        STORAGE_TENSOR_TYPE_TO_FIELD={})
+            dtype: onnx.helper.np_dtype_to_tensor_dtype(dtype) for dtype in dtypes
+        },
+        # The types whose constants it would write in a readable form, too.
+        STORAGE_TENSOR_TYPE_TO_FIELD={},
+    )
     sys.modules['onnx.mapping'] = mapping
     try:
         execute()
@@ -299,7 +320,8 @@ def _onnx_export(module, execute):
         del sys.modules['onnx.mapping']
     context = sys.modules['onnx_chainer.context']
     context._tensor_from_array_for_constant = _rebind(
-        context._tensor_from_array_for_constant, onnx=_with(onnx, mapping=mapping))
+        context._tensor_from_array_for_constant, onnx=_with(onnx, mapping=mapping)
+    )
 
 
 _REPAIRS: dict[str, Callable[[types.ModuleType, Callable[[], None]], None]] = {

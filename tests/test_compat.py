@@ -19,10 +19,11 @@ import pytest
 _ROOT = pathlib.Path(importlib.util.find_spec('chainer_deform').origin).parents[1]
 
 
-def run(code, cwd, *, path=(), timeout=120):
+def run(code, cwd, path=()):
     """Runs a program in cwd; returns what it printed."""
-    path = [*map(str, path), str(_ROOT), os.environ.get('PYTHONPATH', '')]
-    env = {**os.environ, 'MPLBACKEND': 'Agg', 'PYTHONPATH': os.pathsep.join(path)}
+    path = [*map(str, path), str(_ROOT), os.environ.get('PYTHONPATH')]
+    path = os.pathsep.join(filter(None, path))
+    env = {**os.environ, 'MPLBACKEND': 'Agg', 'PYTHONPATH': path}
     result = subprocess.run(
         [sys.executable, '-W', 'error', '-c', textwrap.dedent(code)],
         cwd=cwd,
@@ -30,7 +31,7 @@ def run(code, cwd, *, path=(), timeout=120):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=120,
     )
     assert (result.returncode, result.stderr) == (0, ''), result.stderr
     return result.stdout
