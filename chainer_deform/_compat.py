@@ -134,6 +134,41 @@ def _environment_check(module, execute):
     module.check = lambda: None
 
 
+def _backends_cuda(module, execute):
+    """CuPy 14 has no cuDNN, and a GPU that is not there is said to be missing.
+
+    Chainer would warn that CuPy should be installed again with cuDNN, and let CUDA say
+    that its driver is insufficient, or that a device ordinal is invalid.
+    """
+    execute()
+    if not module.available:  # no CuPy: Chainer's own error says so
+        return
+    if int(module.cupy.__version__.split('.')[0]) >= 14:
+        module.check_cuda_available._already_warned = True
+    from_device_id = module.GpuDevice.from_device_id
+    runtime = module.cupy.cuda.runtime
+
+    @functools.wraps(from_device_id)
+    def from_present_device_id(device_id):
+        try:
+            count = runtime.getDeviceCount()
+            found = f'CUDA finds {count}'
+        except runtime.CUDARuntimeError as e:
+            count, found = 0, f'CUDA finds none ({e})'
+        if isinstance(device_id, int) and device_id >= count:
+            raise RuntimeError(f'there is no GPU @cupy:{device_id}: {found}')
+        return from_device_id(device_id)
+
+    module.GpuDevice.from_device_id = staticmethod(from_present_device_id)
+
+
+def _multiprocess_parallel_updater(module, execute):
+    """CuPy 14 warns where NCCL is missing, which the module is prepared for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'\s*nccl library could not be loaded')
+        execute()
+
+
 def _as_strided(module, execute):
     """Lends the module numpy.sctypes, which NumPy 2 dropped."""
     if hasattr(numpy, 'sctypes'):
@@ -326,6 +361,7 @@ def _onnx_export(module, execute):
 
 _REPAIRS: dict[str, Callable[[types.ModuleType, Callable[[], None]], None]] = {
     'chainer._environment_check': _environment_check,
+    'chainer.backends.cuda': _backends_cuda,
     'chainer.functions.array.as_strided': _as_strided,
     'chainer.functions.array.resize_images': _resize_images,
     'chainer.distributions.categorical': _categorical,
@@ -333,6 +369,9 @@ _REPAIRS: dict[str, Callable[[types.ModuleType, Callable[[], None]], None]] = {
     'chainer.reporter': _reporter,
     'chainer.training.extensions.micro_average': _micro_average,
     'chainer.iterators.multiprocess_iterator': _multiprocess_iterator,
+    'chainer.training.updaters.multiprocess_parallel_updater': (
+        _multiprocess_parallel_updater
+    ),
     'chainer.testing.helper': _requirements,
     'chainer.testing.doctest_helper': _requirements,
     'chainermn.iterators.multi_node_iterator': _multi_node_iterator,

@@ -3,7 +3,6 @@ import os
 # One thread a process: pytest runs one process a core.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-os.environ.setdefault('CHAINER_CUDNN', '0')  # CuPy 14 has none; do not warn about it
 
 import pytest
 

@@ -658,3 +658,60 @@ def test_onnx_chainer_without_onnx(tmp_path):
         """,
         tmp_path,
     )
+
+
+class NoDriverError(Exception):
+    pass
+
+
+def fake_cuda_backend(version, count):
+    """As much of chainer.backends.cuda as the repair touches, with some devices."""
+
+    def get_device_count():
+        if count is None:
+            raise NoDriverError('no driver')
+        return count
+
+    runtime = types.SimpleNamespace(
+        getDeviceCount=get_device_count, CUDARuntimeError=NoDriverError
+    )
+    return types.SimpleNamespace(
+        available=True,
+        cupy=types.SimpleNamespace(
+            __version__=version, cuda=types.SimpleNamespace(runtime=runtime)
+        ),
+        check_cuda_available=types.SimpleNamespace(),
+        GpuDevice=type(
+            'GpuDevice', (), {'from_device_id': staticmethod(lambda i: f'device {i}')}
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ('count', 'message'),
+    [
+        (None, r'no GPU @cupy:1: CUDA finds none \(no driver\)'),
+        (0, 'no GPU @cupy:1: CUDA finds 0'),
+        (1, 'no GPU @cupy:1: CUDA finds 1'),
+        (2, None),
+    ],
+)
+def test_missing_gpu_is_named(count, message):
+    from chainer_deform import _compat
+
+    backend = fake_cuda_backend('14.2.0', count)
+    _compat._backends_cuda(backend, lambda: None)
+    if message is None:
+        assert backend.GpuDevice.from_device_id(1) == 'device 1'
+        return
+    with pytest.raises(RuntimeError, match=message):
+        backend.GpuDevice.from_device_id(1)
+
+
+@pytest.mark.parametrize(('version', 'quiet'), [('13.6.0', False), ('14.2.0', True)])
+def test_cudnn_is_not_missed_where_cupy_dropped_it(version, quiet):
+    from chainer_deform import _compat
+
+    backend = fake_cuda_backend(version, 1)
+    _compat._backends_cuda(backend, lambda: None)
+    assert hasattr(backend.check_cuda_available, '_already_warned') == quiet
