@@ -246,13 +246,13 @@ class Gpu:
             tensor.requires_grad_(backward)
 
         def run():
-            for tensor in tensors.values():
-                tensor.grad = None
             y = self.deform_conv2d(
                 tensors['x'], tensors['offset'], tensors['W'], tensors['b'], padding=1
             )
             if backward:
                 y.backward(gy)
+                for tensor in tensors.values():
+                    tensor.grad = None  # as Chainer's variables are gone by then
 
         return run
 

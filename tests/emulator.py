@@ -216,7 +216,8 @@ def _gemm(
     c = _matrices(c, c_type, m, n, ldc, c_step, batch)
     a = a.swapaxes(1, 2) if transa else a
     b = b.swapaxes(1, 2) if transb else b
-    product = alpha * (a.astype(float) @ b.astype(float))
+    real = numpy.float64 if compute_type == 70 else numpy.float32
+    product = alpha * (a.astype(real) @ b.astype(real))
     c[...] = product if beta == 0 else product + beta * c
 
 

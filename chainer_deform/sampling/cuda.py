@@ -47,10 +47,11 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
         m, p = view.shape[0], view.shape[3]
         if m > 1 and p < FEW_POSITIONS:
             # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
-            flat = cupy.empty((groups, group_out, m * p), dtype)
+            flat = cupy.empty((groups, group_out, m * p), _wide(dtype))
             _matmul(filters, columns.transpose(0, 2, 1), flat)
             flat = flat.reshape(groups, group_out, m, p).transpose(2, 0, 1, 3)
             view[...] = flat if b is None else view + flat
+            del columns, flat  # before the next piece takes its memory
             continue
         # (G, m, K * iCg, p)
         columns = columns.reshape(groups, m, p, -1).transpose(0, 1, 3, 2)
@@ -62,6 +63,7 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
             for i in range(m):
                 # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
                 _matmul(filters, columns[:, i], view[i], b is not None)
+        del columns
     return y.reshape(n, len(W), out_h, out_w).astype(x.dtype, copy=False)
 
 
@@ -89,7 +91,7 @@ def backward(
         if name in wanted:
             gradients[name] = cupy.empty(array.shape, array.dtype)
     gimage = cupy.zeros((n, h * w, c), real) if 'x' in wanted else None
-    gfilters = cupy.zeros(filters.shape, numpy.promote_types(dtype, numpy.float32))
+    gfilters = cupy.zeros(filters.shape, _wide(dtype))
 
     pieces = _pieces(geometry, x.shape, offset, mask, dtype, real)
     for taps in pieces if wanted - {'b'} else ():
@@ -102,19 +104,26 @@ def backward(
             columns = taps.sample(image)
         else:
             # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
-            columns = taps.new_columns()
-            _matmul(gy_piece.transpose(0, 2, 1), filters, columns)
+            gcolumns = taps.new_columns(_wide(dtype))
+            _matmul(gy_piece.transpose(0, 2, 1), filters, gcolumns)
+            columns = None
+            if 'W' in wanted:
+                # Where the dtype is the same, they take the place of their gradient.
+                in_place = gcolumns.dtype == dtype
+                columns = gcolumns if in_place else taps.new_columns(dtype)
             taps.differentiate(
                 image,
+                gcolumns,
                 columns,
                 gimage,
                 gradients.get('offset'),
                 gradients.get('mask'),
-                recompute='W' in wanted,
             )
+            del gcolumns
         if 'W' in wanted:
             # (G, oCg, K * iCg) = (G, oCg, m * p) @ (G, m * p, K * iCg)
             _matmul(gy_piece, columns, gfilters, add=True)
+        columns = None  # before the next piece takes its memory
 
     if 'x' in wanted:
         gradients['x'] = _swap(gimage, x.dtype).reshape(x.shape)
@@ -156,29 +165,29 @@ class _Taps:
             lanes *= 2
         self.lanes = lanes
 
-    def new_columns(self):
-        """Memory for the columns (G, m * p, K * iCg)."""
+    def new_columns(self, dtype):
+        """Memory for columns, or their gradients (G, m * p, K * iCg)."""
         groups = self.geometry.groups
         depth = self.geometry.taps * self.c // groups
-        return cupy.empty((groups, self.rows, depth), self.dtype)
+        return cupy.empty((groups, self.rows, depth), dtype)
 
     def sample(self, image):
         """The columns: the modulated values of the image at the points."""
-        columns = self.new_columns()
+        columns = self.new_columns(self.dtype)
         self._launch(
             'sample', self.taps * self.lanes, {'T image': image}, {'T columns': columns}
         )
         return columns
 
-    def differentiate(self, image, columns, gimage, goffset, gmask, recompute) -> None:
-        """Adds to ``gimage``, and writes to ``goffset`` and ``gmask``, unless None.
+    def differentiate(self, image, gcolumns, columns, gimage, goffset, gmask) -> None:
+        """What the columns' gradients make of the other gradients.
 
-        ``columns`` holds the columns' gradient and becomes, if ``recompute`` is true,
-        the columns themselves.
+        Adds to ``gimage``, and writes ``goffset``, ``gmask`` and the ``columns``
+        themselves; what is None is left out.
         """
         if gimage is not None:
             if chainer.config.cudnn_deterministic:
-                self._gather(columns, gimage)
+                self._gather(gcolumns, gimage)
                 gimage = None
             else:
                 chainer.utils.nondeterministic('atomicAdd')
@@ -189,13 +198,12 @@ class _Taps:
             'M gmask': gmask,
         }
         outputs = {name: out for name, out in outputs.items() if out is not None}
-        if len(outputs) > 1 or recompute:
+        if outputs:
             self._launch(
                 'differentiate',
                 self.taps * self.lanes,
-                {'T image': image},
+                {'T image': image, 'G gcolumns': gcolumns},
                 outputs,
-                recompute,
             )
 
     def _gather(self, gcolumns, gimage) -> None:
@@ -214,28 +222,33 @@ class _Taps:
         self._launch(
             'gather',
             self.images * self.h * self.w * (self.c // self.vector),
-            {'T gcolumns': gcolumns, 'int64 keys': keys, 'int64 starts': starts},
+            {'G gcolumns': gcolumns, 'int64 keys': keys, 'int64 starts': starts},
             {'R gimage': gimage},
         )
 
-    def _launch(self, name, size, inputs, outputs, recompute=False) -> None:
+    def _launch(self, name, size, inputs, outputs) -> None:
         """Runs a kernel over arrays, by type and name, and what every kernel takes."""
         geometry = self.geometry
         inputs = {**inputs, 'O offset': self.offset}
         if self.mask is not None:
             inputs['M mask'] = self.mask
-        constants = (
-            *(('VEC', self.vector), ('LANES', self.lanes), ('C', self.c)),
-            *(('GROUPS', geometry.groups), ('OG', geometry.offset_groups)),
-            *(('K', geometry.taps), ('KW', geometry.kw)),
-            *(('SY', geometry.sy), ('SX', geometry.sx)),
-            *(('PH', geometry.ph), ('PW', geometry.pw)),
-            *(('DY', geometry.dy), ('DX', geometry.dx)),
-            *(
-                ('RECOMPUTE', int(recompute)),
-                ('DOUBLE', int(self.real == numpy.float64)),
-            ),
-        )
+        constants = {
+            'VEC': self.vector,
+            'LANES': self.lanes,
+            'C': self.c,
+            'GROUPS': geometry.groups,
+            'OG': geometry.offset_groups,
+            'K': geometry.taps,
+            'KW': geometry.kw,
+            'SY': geometry.sy,
+            'SX': geometry.sx,
+            'PH': geometry.ph,
+            'PW': geometry.pw,
+            'DY': geometry.dy,
+            'DX': geometry.dx,
+            'DOUBLE': int(self.real == numpy.float64),
+        }
+        constants = tuple(constants.items())
         kernel = sampler_kernel(name, tuple(inputs), tuple(outputs), constants)
         kernel(
             *(array.ravel() for array in inputs.values()),
@@ -256,18 +269,39 @@ def _pieces(geometry: Geometry, x_shape, offset, mask, dtype, real) -> Iterator[
     offset = cupy.ascontiguousarray(offset)
     if mask is not None:
         mask = cupy.ascontiguousarray(mask)
-    position = geometry.taps * x_shape[1]
-    count = min(COLUMN_BYTES // (position * dtype.itemsize), (2**31 - 1) // position)
     positions = offset.shape[2] * offset.shape[3]
+    if positions >= 2**31:
+        raise ValueError(
+            f'offset has {positions} output positions; a GPU takes fewer than 2 ** 31'
+        )
+    # Of one position: the columns, their gradient if its dtype differs; and the keys
+    # that the taps are sorted by, with what sorting takes.
+    columns = geometry.taps * x_shape[1]
+    wide = _wide(dtype).itemsize
+    column_bytes = columns * (wide if wide == dtype.itemsize else wide + dtype.itemsize)
+    key_bytes = geometry.taps * geometry.offset_groups * 3 * 8
+    count = min(COLUMN_BYTES // max(column_bytes, key_bytes), (2**31 - 1) // columns)
     for piece in geometry.pieces(x_shape[0], positions, count):
         yield _Taps(geometry, piece, x_shape, offset, mask, dtype, real)
 
 
-def _dtypes(x, offset, W, *others):
-    """The dtype of image, columns and product, and that of coordinates and sums."""
-    dtype = numpy.promote_types(x.dtype, W.dtype)
-    dtypes = (array.dtype for array in (offset, *others) if array is not None)
-    return dtype, numpy.result_type(numpy.float32, dtype, *dtypes)
+def _dtypes(*arrays):
+    """The dtype of image, columns and products, and that of coordinates and sums.
+
+    Both are float64 if any array is; else the first is that of image and filter, of
+    which half precision is enough for a product that sums in float32.
+    """
+    x, _, W = arrays[:3]
+    dtypes = (array.dtype for array in arrays if array is not None)
+    real = numpy.result_type(numpy.float32, *dtypes)
+    if real == numpy.float64:
+        return real, real
+    return numpy.promote_types(x.dtype, W.dtype), real
+
+
+def _wide(dtype):
+    """The dtype of what is summed up, for factors of ``dtype``."""
+    return numpy.promote_types(dtype, numpy.float32)
 
 
 def _filters(geometry: Geometry, W, dtype):

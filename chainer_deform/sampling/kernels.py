@@ -1,7 +1,8 @@
 """The GPU's kernels; :mod:`chainer_deform.sampling.cuda` runs them.
 
-Names of types: ``T`` is that of image and columns, ``O`` that of the offset, ``M`` that
-of the mask, ``Real`` (and ``R``) that of coordinates and sums.
+Names of types: ``T`` is that of image and columns, ``G`` that of the columns'
+gradient, ``O`` that of the offset, ``M`` that of the mask, ``Real`` (and ``R``) that of
+coordinates and sums.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ struct Point {
     __device__ inline bool inside(int corner) const {
         return y.inside[corner / 2] && x.inside[corner % 2];
     }
+    __device__ inline bool touches() const {
+        return (y.inside[0] || y.inside[1]) && (x.inside[0] || x.inside[1]);
+    }
     __device__ inline Real weight(int corner) const {
         return y.weight[corner / 2] * x.weight[corner % 2];
     }
@@ -59,12 +63,14 @@ struct Point {
 
 _VECTOR = """
 // Several channels in one access.
-struct alignas(VEC * sizeof(T)) Vector {
-    T v[VEC];
+template <typename V>
+struct alignas(VEC * sizeof(V)) Vector {
+    V v[VEC];
 };
 
-__device__ inline Vector read(const T& first) {
-    return *reinterpret_cast<const Vector*>(&first);
+template <typename V>
+__device__ inline Vector<V> read(const V& first) {
+    return *reinterpret_cast<const Vector<V>*>(&first);
 }
 
 // Where a channel of a tap is in the columns (G, rows, K, iCg).
@@ -76,8 +82,10 @@ __device__ inline long long column_at(int channel, long long row, int k, int row
 """
 
 _ADD = """
+#define CUDA_VERSION (__CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__)
+
 __device__ inline void add(Real* target, const Real* values) {
-#if __CUDA_ARCH__ >= 900 && VEC % 4 == 0 && !DOUBLE
+#if __CUDA_ARCH__ >= 900 && CUDA_VERSION >= 1201 && VEC % 4 == 0 && !DOUBLE
     #pragma unroll
     for (int e = 0; e < VEC; e += 4) {
         const float4 four = make_float4(
@@ -130,7 +138,7 @@ _CORNERS = """
         const int channel = group * (C / OG) + v * VEC;
         const long long at_column = column_at(channel, row, k, rows);
         long long at_corner[4];
-        Vector corner[4];
+        Vector<T> corner[4];
         #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const long long y = image_index * h + point.y.before + q / 2;
@@ -142,7 +150,7 @@ _CORNERS = """
                 for (int e = 0; e < VEC; ++e) corner[q].v[e] = T(0.0f);
             }
         }
-        Vector column;
+        Vector<T> column;
 """
 
 _SAMPLE = (
@@ -157,7 +165,7 @@ _SAMPLE = (
                 sample += point.weight(q) * Real(corner[q].v[e]);
             column.v[e] = T(modulation * sample);
         }
-        *reinterpret_cast<Vector*>(&columns[at_column]) = column;
+        *reinterpret_cast<Vector<T>*>(&columns[at_column]) = column;
     }
 """
 )
@@ -171,7 +179,7 @@ _DIFFERENTIATE = (
 """
     + _CORNERS
     + """
-        const Vector gcolumn = read(columns[at_column]);
+        const Vector<G> gcolumn = read(gcolumns[at_column]);
         Real gsample[VEC];
         #pragma unroll
         for (int e = 0; e < VEC; ++e) {
@@ -203,8 +211,8 @@ _DIFFERENTIATE = (
             add(&gimage[at_corner[q]], part);
         }
 #endif
-#if RECOMPUTE
-        *reinterpret_cast<Vector*>(&columns[at_column]) = column;
+#if COLUMNS
+        *reinterpret_cast<Vector<T>*>(&columns[at_column]) = column;
 #endif
     }
 
@@ -220,12 +228,15 @@ _DIFFERENTIATE = (
     }
     #endif
     if (lane == 0) {
+        // A point outside passes nothing, also to an infinite gradient.
+        if (!point.touches())
+            sum = sum_y = sum_x = is_nan ? offset_x + offset_y : Real(0);
     #if GOFFSET
-        goffset[at_x] = O(is_nan ? offset_x + offset_y : modulation * sum_x);
-        goffset[at_y] = O(is_nan ? offset_x + offset_y : modulation * sum_y);
+        goffset[at_x] = O(modulation * sum_x);
+        goffset[at_y] = O(modulation * sum_y);
     #endif
     #if GMASK
-        gmask[at_mask] = M(is_nan ? offset_x + offset_y : sum);
+        gmask[at_mask] = M(sum);
     #endif
     }
 #endif
@@ -241,11 +252,9 @@ _SORT_KEY = (
 """
     + _TAP
     + """
-    const bool touches = (point.y.inside[0] || point.y.inside[1])
-        && (point.x.inside[0] || point.x.inside[1]);
     const long long part = (row / positions * static_cast<long long>(OG) + group);
     long long cell = static_cast<long long>(rows / positions) * OG * (h + 1) * (w + 1);
-    if (touches)
+    if (point.touches())
         cell = (part * (h + 1) + point.y.before + 1) * (w + 1) + point.x.before + 1;
     keys[i] = cell * (static_cast<long long>(rows) * K * OG) + i;
 """
@@ -270,7 +279,7 @@ _GATHER = (
 """
     + _TAP
     + """
-            const Vector gcolumn = read(gcolumns[column_at(channel, row, k, rows)]);
+            const Vector<G> gcolumn = read(gcolumns[column_at(channel, row, k, rows)]);
             #pragma unroll
             for (int e = 0; e < VEC; ++e)
                 sum[e] += point.weight(q) * (modulation * Real(gcolumn.v[e]));
@@ -314,7 +323,7 @@ def sampler_kernel(
     arrays = (*inputs, *outputs)
     flags = {
         flag: int(any(array.endswith(f' {flag.lower()}') for array in arrays))
-        for flag in ('MASK', 'GIMAGE', 'GOFFSET', 'GMASK')
+        for flag in ('MASK', 'COLUMNS', 'GIMAGE', 'GOFFSET', 'GMASK')
     }
     defines = {**dict(constants), **flags}.items()
     preamble, body = _BODIES[name]

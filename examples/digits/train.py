@@ -192,7 +192,12 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def make_trainer(kind: str, args, device, datasets) -> training.Trainer:
+def make_trainer(
+    kind: str,
+    args: argparse.Namespace,
+    device: chainer.backend.Device,
+    datasets: tuple,
+) -> training.Trainer:
     """Returns the trainer of one model, which writes to a directory of its own."""
     train, upright, warped = datasets
     numpy.random.seed(args.seed)  # for the initial weights; nothing else draws from it

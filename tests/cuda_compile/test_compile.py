@@ -70,23 +70,29 @@ def accepted_architectures() -> list[str]:
     return accepted
 
 
-def generated_source(kernel, args) -> str:
+def generated_source(kernel, args, index_32_bits=True) -> str:
     """What CuPy would compile to run a kernel on these arrays and numbers."""
     infos, letters = [], {}
     for param, arg in zip(kernel.params, (*args, None)):
         if param.raw:
             infos.append(
-                _kernel._ArgInfo(_ARRAY, cupy.ndarray, arg.dtype, 1, True, False)
+                _kernel._ArgInfo(
+                    _ARRAY, cupy.ndarray, arg.dtype, 1, True, index_32_bits
+                )
             )
             if param.dtype is None:
                 letters[param.ctype] = arg.dtype
         elif param.name == '_ind':
             infos.append(
-                _kernel._ArgInfo(_INDEXER, _carray.Indexer, None, 1, True, False)
+                _kernel._ArgInfo(
+                    _INDEXER, _carray.Indexer, None, 1, True, index_32_bits
+                )
             )
         else:
             infos.append(
-                _kernel._ArgInfo(_SCALAR, _scalar.CScalar, param.dtype, 0, True, False)
+                _kernel._ArgInfo(
+                    _SCALAR, _scalar.CScalar, param.dtype, 0, True, index_32_bits
+                )
             )
     code = _kernel._get_elementwise_kernel_code(
         tuple(infos),
@@ -103,12 +109,13 @@ class CompiledKernel:
     """Compiles itself when it is called, for every architecture, and runs nothing."""
 
     compiled: dict = {}
+    index_32_bits = True  # what CuPy says of arrays below 2 GiB
 
     def __init__(self, *args, **kwargs):
         self.kernel = cupy.ElementwiseKernel(*args, **kwargs)
 
     def __call__(self, *args, size):
-        source = generated_source(self.kernel, args)
+        source = generated_source(self.kernel, args, self.index_32_bits)
         for architecture in accepted_architectures():
             if (source, architecture) in self.compiled:
                 continue
@@ -192,10 +199,20 @@ def test_every_kernel_compiles(case, dtype):
 
 @pytest.mark.parametrize(
     ('dtype', 'offset_dtype'),
-    [('float16', 'float32'), ('float32', 'float64'), ('float64', 'float16')],
+    [
+        ('float16', 'float32'),
+        ('float16', 'float64'),
+        ('float32', 'float64'),
+        ('float64', 'float16'),
+    ],
 )
 def test_mixed_dtypes_compile(dtype, offset_dtype):
     launch_everything(CASES['all'], dtype, offset_dtype)
+
+
+def test_large_arrays_compile(monkeypatch):
+    monkeypatch.setattr(CompiledKernel, 'index_32_bits', False)
+    launch_everything(CASES['all'], 'float32')
 
 
 def test_vector_atomics():

@@ -163,7 +163,9 @@ def test_memory_is_bounded():
     assert float(y.array[0, 0, 1000, 1000]) == pytest.approx(128 * 9, rel=1e-4)
     assert float(x.grad[0, 5, 1000, 1000]) == pytest.approx(9, rel=1e-4)
     # The channels-last image, its gradient, both layouts of that, a piece of columns.
-    assert pool.total_bytes() - before < 4 * x.array.nbytes + 2 * sampling.COLUMN_BYTES
+    assert (
+        pool.total_bytes() - before < 4 * x.array.nbytes + 1.2 * sampling.COLUMN_BYTES
+    )
     del x, y, W, offset
     pool.free_all_blocks()
 

@@ -1,5 +1,7 @@
 """The GPU path on NumPy arrays: kernels emulated, products by their pointers."""
 
+import weakref
+
 import chainer
 import numpy
 import pytest
@@ -40,6 +42,7 @@ def geometry_of(case):
     )
 
 
+@numpy.errstate(all='ignore')  # as on a GPU
 def run(case, arrays, gy, wanted=None):
     geometry = geometry_of(case)
     y = cuda.forward(geometry, **arrays)
@@ -76,6 +79,22 @@ def test_mixed_dtypes(name, dtype, offset_dtype):
     case = CASES[name]
     worst = min(dtype, offset_dtype, key=lambda d: numpy.dtype(d).itemsize)
     check(case, case.arrays(dtype, offset_dtype), case.gy(dtype), worst)
+
+
+@pytest.mark.parametrize('few_positions', [0, 512])
+def test_half_precision_overflows_in_the_result_only(few_positions, monkeypatch):
+    """Not in the product before the bias, nor in the columns' gradients."""
+    monkeypatch.setattr(cuda, 'FEW_POSITIONS', few_positions)
+    case = Case(c=2, out_c=64, ksize=(1, 1))
+    arrays, gy = case.arrays('float16'), case.gy('float16')
+    for name, value in ('x', 100), ('offset', 0), ('W', 350), ('b', -20000):
+        arrays[name][...] = value
+    y, _ = run(case, arrays, gy)
+    numpy.testing.assert_allclose(y, 50000, rtol=1e-3)  # 70,000 - 20,000
+    arrays['W'][...] = 10
+    gy[...] = 200
+    _, gradients = run(case, arrays, gy)  # the columns' are 64 * 10 * 200 = 128,000
+    assert not gradients['offset'][:, :, :-1, :-1].any()  # the image is constant
 
 
 def test_filter_of_another_dtype():
@@ -181,6 +200,39 @@ def test_hostile_values(seed, dtype, deterministic):
         flat[random.randint(flat.size, size=2)] = values[seed % 3]
     with chainer.using_config('cudnn_deterministic', deterministic):
         check(case, arrays, gy)
+
+
+def test_infinite_gradient_of_a_point_outside():
+    case = CASES['mask']
+    arrays, gy = case.arrays(), case.gy()
+    arrays['offset'][0, :, 1, 1] = numpy.inf
+    gy[0, :, 1, 1] = numpy.inf
+    _, gradients = run(case, arrays, gy, ('offset', 'mask'))
+    assert not gradients['offset'][0, :, 1, 1].any()
+    assert not gradients['mask'][0, :, 1, 1].any()
+
+
+@pytest.mark.parametrize('wanted', [None, ('W',), ('x',)])
+@pytest.mark.parametrize('few_positions', [0, 512])
+def test_one_piece_at_a_time(few_positions, wanted, monkeypatch):
+    """The columns of a piece are gone before those of the next are made."""
+    monkeypatch.setattr(cuda, 'COLUMN_BYTES', 4_000)
+    monkeypatch.setattr(cuda, 'FEW_POSITIONS', few_positions)
+    made, alive = [], []
+    new_columns = cuda._Taps.new_columns
+
+    def record(taps, dtype):
+        columns = new_columns(taps, dtype)
+        made.append(weakref.ref(columns))
+        alive.append(sum(ref().nbytes for ref in made if ref() is not None))
+        return columns
+
+    monkeypatch.setattr(cuda._Taps, 'new_columns', record)
+    for case in CASES['all'], CASES['depthwise'], Case(n=9, size=(3, 4)):
+        for dtype in 'float32', 'float16':
+            run(case, case.arrays(dtype), case.gy(dtype), wanted)
+    assert len(made) > 20
+    assert max(alive) <= cuda.COLUMN_BYTES
 
 
 def test_memory_order_does_not_matter():
