@@ -2,8 +2,9 @@
 
 ``cupy`` here stands in for CuPy. Its ``ElementwiseKernel`` compiles the very sources
 that a GPU gets and checks every index of every array; its cuBLAS follows the pointers
-and leading dimensions that it is given. What it cannot show are races, misalignment and
-what lanes of a warp tell each other: those need a device.
+and leading dimensions that it is given. The lanes of a tap are threads, which exchange
+values as those of a warp do. What it cannot show are races between taps, and
+misalignment: those need a device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -87,6 +89,52 @@ template <typename T> struct Raw {
 """
 
 
+# Of kernels whose lanes may tell each other something: each lane is a thread.
+_WARP = r"""
+#include <atomic>
+#include <thread>
+#include <vector>
+
+static thread_local struct { unsigned int x; } threadIdx;
+static std::atomic<int> waiting, generation;
+
+// Waits until all lanes of the tap are here.
+static void meet(int lanes) {
+    const int mine = generation;
+    if (++waiting == lanes) {
+        waiting = 0;
+        ++generation;
+    } else {
+        while (generation == mine) std::this_thread::yield();
+    }
+}
+
+template <typename T> T exchange(unsigned int mask, T value, int step, int lanes) {
+    static T values[32];
+    const unsigned int lane = threadIdx.x % 32;
+    if (!(mask >> lane & mask >> (lane ^ step) & 1)) broken = "warp";
+    values[lane] = value;
+    meet(lanes);
+    const T other = values[lane ^ step];
+    meet(lanes);
+    return other;
+}
+#define __shfl_xor_sync(mask, value, step) exchange(mask, value, step, LANES)
+"""
+
+_RUN_LANES = """
+std::vector<std::thread> lanes;
+for (int lane = 0; lane < LANES; ++lane)
+    lanes.emplace_back([=] {
+        for (ptrdiff_t i = lane; i < n; i += LANES) {
+            threadIdx.x = i % 128;
+            body(i);
+        }
+    });
+for (std::thread& lane : lanes) lane.join();
+"""
+
+
 class ElementwiseKernel:
     def __init__(self, in_params, out_params, operation, name, preamble=''):
         self.inputs = [param.split() for param in in_params.split(',')]
@@ -117,9 +165,11 @@ class ElementwiseKernel:
                 f'scalars[{name}_], sizes[{name}_], "{name}"}};'
             )
             values.append((name, arg.ctypes.data, arg.size))
+        warp = re.search(r'#define LANES (?!1\n)', self.preamble)
         source = '\n'.join(
             [
                 _HEADER,
+                _WARP if warp else '',
                 *(
                     f'typedef {t} {letter};'
                     for letter, t in letters.items()
@@ -131,9 +181,10 @@ class ElementwiseKernel:
                 '    long long n, const long long* scalars, const long long* sizes) {',
                 *fields,
                 'broken = 0;',
-                'for (ptrdiff_t i = 0; i < n; ++i) {',
+                'const auto body = [&](ptrdiff_t i) {',
                 self.operation,
-                '}',
+                '};',
+                _RUN_LANES if warp else 'for (ptrdiff_t i = 0; i < n; ++i) body(i);',
                 'return broken;',
                 '}',
             ]
@@ -162,6 +213,7 @@ def _compile(source: str):
                 [
                     COMPILER,
                     '-std=c++14',
+                    '-pthread',
                     '-O1',
                     '-shared',
                     '-fPIC',
