@@ -6,6 +6,8 @@ import dataclasses
 
 import numpy
 
+from chainer_deform.sampling.geometry import Geometry
+
 
 @dataclasses.dataclass
 class Case:
@@ -30,6 +32,10 @@ class Case:
             name: getattr(self, name)
             for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
         }
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.ksize, **self.options)
 
     @property
     def out_size(self) -> tuple[int, int]:

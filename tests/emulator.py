@@ -22,6 +22,8 @@ import types
 
 import numpy
 
+from chainer_deform.sampling import cuda, kernels
+
 COMPILER = os.environ.get('CXX') or shutil.which('c++') or shutil.which('g++')
 
 _TYPES = {
@@ -285,3 +287,18 @@ cupy = types.SimpleNamespace(
         device=types.SimpleNamespace(get_cublas_handle=lambda: 0),
     ),
 )
+
+
+def emulate(monkeypatch, **names) -> None:
+    """Has the GPU path run on NumPy arrays, until the test ends.
+
+    ``names`` replace some of what stands in for CuPy.
+    """
+    stand_in = types.SimpleNamespace(**{**vars(cupy), **names})
+    for module in cuda, kernels:
+        monkeypatch.setattr(module, 'cupy', stand_in)
+    for name in 'sampler_kernel', 'swap_kernel':
+        make_kernel = getattr(kernels, name).__wrapped__
+        monkeypatch.setattr(cuda, name, functools.cache(make_kernel))
+    monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
+    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)

@@ -60,7 +60,8 @@ def deformable_convolution_2d_sampler(
     Returns:
         ~chainer.Variable: ``y`` of shape ``(n, out_c, out_h, out_w)`` and the dtype of
         ``x``. Coordinates, weights and sums are computed in float32 or, if any input is
-        float64, in float64.
+        float64, in float64. (On a GPU the values read from a float16 image are rounded
+        to float16 before the filter is applied.)
 
     Raises:
         TypeError: An argument is no array, or an option is not made of ints.
@@ -70,7 +71,9 @@ def deformable_convolution_2d_sampler(
 
     Differentiable once, with respect to ``x``, ``offset``, ``mask``, ``W`` and ``b``.
     On a lattice line, where the derivative jumps, that of the cell to the right or
-    below is taken. Deterministic on the CPU.
+    below is taken. Deterministic on the CPU. On a GPU the gradient of ``x`` may differ
+    in its last bits from run to run, unless ``chainer.config.cudnn_deterministic`` is
+    true.
 
     See `Deformable Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ (Dai et
     al.) and `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_ (Zhu et al.).

@@ -58,9 +58,9 @@ class DeformableConvolution2D(chainer.Chain):
     Raises:
         TypeError, ValueError: An option is not made of ints or is out of range.
 
-    Differentiable once, deterministic on the CPU. Parameters: ``offset_conv/W``,
-    ``offset_conv/b``, ``deform_conv/W``, ``deform_conv/b``, so files of Chainer's own
-    layer can be loaded. See :func:`chainer_deform.optimizer_hooks.scale_updates` for a
+    Differentiable once; deterministic as its function is. The parameters are
+    ``offset_conv/W``, ``offset_conv/b``, ``deform_conv/W`` and ``deform_conv/b``, so
+    that files of Chainer's own layer can be loaded. See :func:`chainer_deform.optimizer_hooks.scale_updates` for a
     learning rate of ``offset_conv``'s own.
 
     See `Deformable Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ (Dai et
@@ -169,7 +169,7 @@ class DeformableConvolution2DSampler(chainer.Link):
     Raises:
         TypeError, ValueError: An option is not made of ints or is out of range.
 
-    Differentiable once, deterministic on the CPU. Parameters: ``W``, ``b``.
+    Differentiable once; deterministic as its function is. Parameters: ``W``, ``b``.
 
     .. seealso:: :func:`chainer_deform.functions.deformable_convolution_2d_sampler`
 

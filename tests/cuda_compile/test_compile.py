@@ -8,14 +8,12 @@ import functools
 import io
 import pathlib
 import re
-import types
 import warnings
 
 import numpy
 import pytest
 
-from chainer_deform.sampling import cuda, kernels
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.sampling import cuda
 from tests import emulator
 from tests.cases import CASES, Case
 
@@ -145,35 +143,17 @@ class CompiledKernel:
 
 @pytest.fixture(autouse=True)
 def compiling(monkeypatch):
-    for function in kernels.sampler_kernel, kernels.swap_kernel:
-        function.cache_clear()
-    fake = types.SimpleNamespace(**vars(emulator.cupy))
-    fake.ElementwiseKernel = CompiledKernel
-    fake.empty = numpy.zeros  # sort keys have to be numbers
-    monkeypatch.setattr(cuda, 'cupy', fake)
-    monkeypatch.setattr(kernels, 'cupy', fake)
-    monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
-    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)
-    yield
-    for function in kernels.sampler_kernel, kernels.swap_kernel:
-        function.cache_clear()
+    # Sort keys have to be numbers, though nothing writes them.
+    emulator.emulate(monkeypatch, ElementwiseKernel=CompiledKernel, empty=numpy.zeros)
 
 
 def launch_everything(case, dtype, offset_dtype=None):
     arrays, gy = case.arrays(dtype, offset_dtype), case.gy(dtype)
-    options = case.options
-    geometry = Geometry(
-        case.ksize,
-        *(
-            options[name]
-            for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
-        ),
-    )
-    cuda.forward(geometry, **arrays)
+    cuda.forward(case.geometry, **arrays)
     for wanted in (arrays, {'x'}, {'offset'}, {'mask', 'W'}, {'W'}):
         for deterministic in False, True:
             with cuda.chainer.using_config('cudnn_deterministic', deterministic):
-                cuda.backward(geometry, set(wanted) & arrays.keys(), gy, **arrays)
+                cuda.backward(case.geometry, set(wanted) & arrays.keys(), gy, **arrays)
 
 
 def test_architectures():

@@ -6,8 +6,7 @@ import chainer
 import numpy
 import pytest
 
-from chainer_deform.sampling import cuda, kernels
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.sampling import cuda
 from tests import emulator, reference
 from tests.cases import CASES, Case, assert_close
 
@@ -19,35 +18,15 @@ every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    for function in kernels.sampler_kernel, kernels.swap_kernel:
-        function.cache_clear()
-    monkeypatch.setattr(cuda, 'cupy', emulator.cupy)
-    monkeypatch.setattr(kernels, 'cupy', emulator.cupy)
-    monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
-    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)
+    emulator.emulate(monkeypatch)
     monkeypatch.setattr(cuda, 'MOST_LANES', 1)
-    yield
-    for function in kernels.sampler_kernel, kernels.swap_kernel:
-        function.cache_clear()
-
-
-def geometry_of(case):
-    options = case.options
-    return Geometry(
-        case.ksize,
-        *(
-            options[name]
-            for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
-        ),
-    )
 
 
 @numpy.errstate(all='ignore')  # as on a GPU
 def run(case, arrays, gy, wanted=None):
-    geometry = geometry_of(case)
-    y = cuda.forward(geometry, **arrays)
+    y = cuda.forward(case.geometry, **arrays)
     wanted = arrays if wanted is None else wanted
-    return y, cuda.backward(geometry, wanted, gy, **arrays)
+    return y, cuda.backward(case.geometry, wanted, gy, **arrays)
 
 
 def check(case, arrays, gy, dtype=None):
