@@ -60,8 +60,8 @@ class DeformableConvolution2D(chainer.Chain):
 
     Differentiable once; deterministic as its function is. The parameters are
     ``offset_conv/W``, ``offset_conv/b``, ``deform_conv/W`` and ``deform_conv/b``, so
-    that files of Chainer's own layer can be loaded. See :func:`chainer_deform.optimizer_hooks.scale_updates` for a
-    learning rate of ``offset_conv``'s own.
+    that files of Chainer's own layer can be loaded. For a learning rate of
+    ``offset_conv``'s own see :func:`chainer_deform.optimizer_hooks.scale_updates`.
 
     See `Deformable Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ (Dai et
     al.) and `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_ (Zhu et al.).
