@@ -135,16 +135,17 @@ def _environment_check(module, execute):
 
 
 def _backends_cuda(module, execute):
-    """CuPy 14 has no cuDNN, and a GPU that is not there is said to be missing.
+    """Says nothing of cuDNN while Chainer is imported, and what GPU is missing.
 
-    Chainer would warn that CuPy should be installed again with cuDNN, and let CUDA say
+    Chainer would warn, whether a GPU is used or not, that CuPy should be installed
+    again with cuDNN, which CuPy 14 does not have any more; and it would let CUDA say
     that its driver is insufficient, or that a device ordinal is invalid.
     """
     execute()
     if not module.available:  # no CuPy: Chainer's own error says so
         return
-    if int(module.cupy.__version__.split('.')[0]) >= 14:
-        module.check_cuda_available._already_warned = True
+    if not hasattr(module.check_cuda_available, '_already_warned'):
+        module.check_cuda_available._already_warned = 'not yet'
     from_device_id = module.GpuDevice.from_device_id
     runtime = module.cupy.cuda.runtime
 
@@ -160,6 +161,15 @@ def _backends_cuda(module, execute):
         return from_device_id(device_id)
 
     module.GpuDevice.from_device_id = staticmethod(from_present_device_id)
+
+
+def _chainer(module, execute):
+    """Lets Chainer warn of a missing cuDNN again, where there could be one."""
+    execute()
+    cuda = module.backends.cuda
+    warned = getattr(cuda.check_cuda_available, '_already_warned', None)
+    if warned == 'not yet' and int(cuda.cupy.__version__.split('.')[0]) < 14:
+        del cuda.check_cuda_available._already_warned
 
 
 def _multiprocess_parallel_updater(module, execute):
@@ -360,6 +370,7 @@ def _onnx_export(module, execute):
 
 
 _REPAIRS: dict[str, Callable[[types.ModuleType, Callable[[], None]], None]] = {
+    'chainer': _chainer,
     'chainer._environment_check': _environment_check,
     'chainer.backends.cuda': _backends_cuda,
     'chainer.functions.array.as_strided': _as_strided,

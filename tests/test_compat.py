@@ -714,4 +714,18 @@ def test_cudnn_is_not_missed_where_cupy_dropped_it(version, quiet):
 
     backend = fake_cuda_backend(version, 1)
     _compat._backends_cuda(backend, lambda: None)
+    assert backend.check_cuda_available._already_warned  # while Chainer is imported
+    chainer = types.SimpleNamespace(backends=types.SimpleNamespace(cuda=backend))
+    _compat._chainer(chainer, lambda: None)
     assert hasattr(backend.check_cuda_available, '_already_warned') == quiet
+
+
+def test_chainers_own_warning_is_not_repeated():
+    from chainer_deform import _compat
+
+    backend = fake_cuda_backend('13.6.0', 1)
+    backend.check_cuda_available._already_warned = True
+    _compat._backends_cuda(backend, lambda: None)
+    chainer = types.SimpleNamespace(backends=types.SimpleNamespace(cuda=backend))
+    _compat._chainer(chainer, lambda: None)
+    assert backend.check_cuda_available._already_warned is True
