@@ -48,13 +48,13 @@ test-cuda-compile: $(STAMP)-cuda
 
 # Where there is a GPU, CuPy is already there, fit for its driver.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo 'compute-sanitizer is not installed; it is part of the CUDA toolkit'; exit 1; }
 	compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu -k short_run
+		$(PYTHON) -m pytest -m gpu tests/gpu -k short_run
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check

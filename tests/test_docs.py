@@ -57,8 +57,8 @@ def readme_blocks():
     for line in lines:
         if block is not None and line and not line.startswith(' '):
             text = '\n'.join(re.sub('^    ', '', line) for line in block)
-            name = re.match(r'\s*:caption: (\S+)\n', text)
-            blocks.append((name and name[1], re.sub(r'^\s*:caption:.*\n', '', text)))
+            name = re.match(r'\s*:name: (\S+)\n', text)
+            blocks.append((name and name[1], re.sub(r'^\s*:name:.*\n', '', text)))
             block = None
         if line == '.. code-block:: python':
             block = []
