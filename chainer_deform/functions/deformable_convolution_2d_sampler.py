@@ -183,7 +183,10 @@ def _check_devices(arguments: dict) -> None:
     for name, argument in arguments.items():
         array = argument.array if isinstance(argument, chainer.Variable) else argument
         if not isinstance(array, array_types):
-            raise TypeError(f'{name} must be a Variable or an array, not {argument!r}')
+            found = type(argument).__name__
+            if isinstance(argument, chainer.Variable):
+                found += ' that is not initialised'
+            raise TypeError(f'{name} must be a Variable or an array, not a {found}')
         devices[name] = backend.get_device_from_array(array)
         if devices[name] != devices['x']:
             raise ValueError(
