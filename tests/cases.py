@@ -109,6 +109,19 @@ CASES = {
     'empty batch': Case(n=0, mask=True),
 }
 
+#: Gradients that may be asked for together.
+WANTED = [
+    ('x',),
+    ('offset',),
+    ('mask',),
+    ('W',),
+    ('b',),
+    ('offset', 'mask'),
+    ('W', 'b'),
+    ('x', 'b'),
+    ('mask', 'W'),
+]
+
 #: Largest error, relative to the largest number expected: a rounding for float16, whose
 #: sums are float32, and about 100 for the others.
 TOLERANCES = {'float16': 1e-3, 'float32': 1e-5, 'float64': 2e-14}

@@ -31,10 +31,10 @@ ARCHITECTURES = ('sm_70', 'sm_75', 'sm_80', 'sm_90')
 #: Most registers of a thread, of those kernels that take the time. All others are only
 #: held to no spills.
 REGISTERS = {
-    ('chainer_deform_sample', 'float32'): 64,
-    ('chainer_deform_sample', 'float16'): 80,
+    ('chainer_deform_sample', 'float32'): 48,
+    ('chainer_deform_sample', 'float16'): 56,
     ('chainer_deform_differentiate', 'float32'): 80,
-    ('chainer_deform_differentiate', 'float16'): 128,
+    ('chainer_deform_differentiate', 'float16'): 96,
 }
 
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's kinds of arguments

@@ -10,7 +10,7 @@ from chainer.utils import type_check
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.sampling import cpu
 from tests import reference
-from tests.cases import CASES, Case, assert_close
+from tests.cases import CASES, WANTED, Case, assert_close
 
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
@@ -391,20 +391,7 @@ class TestArrays:
 
 
 class TestGraph:
-    @pytest.mark.parametrize(
-        'wanted',
-        [
-            ('x',),
-            ('offset',),
-            ('mask',),
-            ('W',),
-            ('b',),
-            ('offset', 'mask'),
-            ('W', 'b'),
-            ('x', 'b'),
-            ('mask', 'W'),
-        ],
-    )
+    @pytest.mark.parametrize('wanted', WANTED)
     def test_only_the_gradients_asked_for(self, wanted, monkeypatch):
         case = CASES['all']
         arrays, gy = case.arrays(), case.gy()
