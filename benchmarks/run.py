@@ -104,11 +104,9 @@ def measure(device, shape, mode, pass_, repeat) -> dict:
     arrays = random_arrays(shape, 'float16' if mode == 'float16' else 'float32')
     backward = pass_ == PASSES[1]
     with device.mode(mode):
-        runs = {}
-        for name, make in device.contestants().items():
-            run = make(arrays, backward)
-            if run is not None:
-                runs[name] = run
+        runs = {
+            name: make(arrays, backward) for name, make in device.contestants().items()
+        }
         memory = {name: device.memory(run, name) for name, run in runs.items()}
         times = {name: [] for name in runs}
         for _ in range(repeat):

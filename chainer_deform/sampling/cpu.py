@@ -63,8 +63,8 @@ def backward(
         if name in wanted:
             gradients[name] = numpy.empty(array.shape, array.dtype)
             slopes[name] = _tap_view(geometry, gradients[name])
-    gimage = numpy.zeros_like(image)
-    gfilters = numpy.zeros_like(filters)
+    gimage = numpy.zeros_like(image) if 'x' in wanted else None
+    gfilters = numpy.zeros_like(filters) if 'W' in wanted else None
 
     for taps in (
         _pieces(geometry, x.shape, offset, mask, dtype) if wanted - {'b'} else ()

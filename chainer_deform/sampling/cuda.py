@@ -41,29 +41,8 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
         y[...] = b.astype(dtype).reshape(groups, group_out, 1)
 
     for taps in _pieces(geometry, x.shape, offset, mask, dtype, real):
-        columns = taps.sample(image)
-        # (m, G, oCg, p)
         view = y[taps.piece[0], :, :, taps.piece[1]]
-        m, p = view.shape[0], view.shape[3]
-        if m > 1 and p < FEW_POSITIONS:
-            # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
-            flat = cupy.empty((groups, group_out, m * p), _wide(dtype))
-            _matmul(filters, columns.transpose(0, 2, 1), flat)
-            flat = flat.reshape(groups, group_out, m, p).transpose(2, 0, 1, 3)
-            view[...] = flat if b is None else view + flat
-            del columns, flat  # before the next piece takes its memory
-            continue
-        # (G, m, K * iCg, p)
-        columns = columns.reshape(groups, m, p, -1).transpose(0, 1, 3, 2)
-        if groups <= m:
-            for g in range(groups):
-                # (m, oCg, p) = (oCg, K * iCg) @ (m, K * iCg, p)
-                _matmul(filters[g : g + 1], columns[g], view[:, g], b is not None)
-        else:
-            for i in range(m):
-                # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
-                _matmul(filters, columns[:, i], view[i], b is not None)
-        del columns
+        _convolve(filters, taps.sample(image), view, add=b is not None)
     return y.reshape(n, len(W), out_h, out_w).astype(x.dtype, copy=False)
 
 
@@ -91,7 +70,7 @@ def backward(
         if name in wanted:
             gradients[name] = cupy.empty(array.shape, array.dtype)
     gimage = cupy.zeros((n, h * w, c), real) if 'x' in wanted else None
-    gfilters = cupy.zeros(filters.shape, _wide(dtype))
+    gfilters = cupy.zeros(filters.shape, _wide(dtype)) if 'W' in wanted else None
 
     pieces = _pieces(geometry, x.shape, offset, mask, dtype, real)
     for taps in pieces if wanted - {'b'} else ():
@@ -354,6 +333,28 @@ def _matmul(a, b, out, add=False) -> None:
         *(_pointer(out), _CUDA_TYPES[out.dtype.char], leading, _stride(out, 0)),
         *(batch, _compute_type(a.dtype), -1),
     )
+
+
+def _convolve(filters, columns, view, add: bool) -> None:
+    """``view (m, G, oCg, p) = filters @ columns``, or ``+=``; a view of the output."""
+    m, groups, group_out, p = view.shape
+    if m > 1 and p < FEW_POSITIONS:
+        # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
+        flat = cupy.empty((groups, group_out, m * p), _wide(view.dtype))
+        _matmul(filters, columns.transpose(0, 2, 1), flat)
+        flat = flat.reshape(groups, group_out, m, p).transpose(2, 0, 1, 3)
+        view[...] = view + flat if add else flat
+        return
+    # (G, m, K * iCg, p)
+    columns = columns.reshape(groups, m, p, -1).transpose(0, 1, 3, 2)
+    if groups <= m:
+        for g in range(groups):
+            # (m, oCg, p) = (oCg, K * iCg) @ (m, K * iCg, p)
+            _matmul(filters[g : g + 1], columns[g], view[:, g], add)
+    else:
+        for i in range(m):
+            # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
+            _matmul(filters, columns[:, i], view[i], add)
 
 
 def _order(matrices) -> tuple[int, int]:

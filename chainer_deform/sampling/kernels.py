@@ -115,7 +115,6 @@ _TAP = """
         position / out_w * (SY * 1LL) - PH + k / KW * (DY * 1LL), offset_y, h);
     point.x = make_axis(
         position % out_w * (SX * 1LL) - PW + k % KW * (DX * 1LL), offset_x, w);
-    if (is_nan) point.y.inside[0] = point.y.inside[1] = false;
 #if MASK
     const long long at_mask = (first_tap + k) * out_size + position;
     const Real modulation = Real(mask[at_mask]);
@@ -252,7 +251,7 @@ _SORT_KEY = (
 """
     + _TAP
     + """
-    const long long part = (row / positions * static_cast<long long>(OG) + group);
+    const long long part = row / positions * static_cast<long long>(OG) + group;
     long long cell = static_cast<long long>(rows / positions) * OG * (h + 1) * (w + 1);
     if (point.touches())
         cell = (part * (h + 1) + point.y.before + 1) * (w + 1) + point.x.before + 1;
