@@ -69,7 +69,7 @@ def deformable_convolution_2d_sampler(
             argument is on another device than ``x``.
         chainer.utils.type_check.InvalidType: A shape or dtype does not fit.
 
-    Differentiable once, with respect to ``x``, ``offset``, ``mask``, ``W`` and ``b``.
+    Differentiable twice, with respect to ``x``, ``offset``, ``mask``, ``W`` and ``b``.
     On a lattice line, where the derivative jumps, that of the cell to the right or
     below is taken. Deterministic on the CPU. On a GPU the gradient of ``x`` may differ
     in its last bits from run to run, unless ``chainer.config.cudnn_deterministic`` is
@@ -164,15 +164,67 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
         return self._forward(cuda, inputs)
 
     def _forward(self, sampling, inputs):
+        self.retain_inputs(range(len(inputs)))
         gradients = sampling.backward(
             self.geometry, self.wanted, **dict(zip(self.names, inputs))
         )
         return tuple(gradients[name] for name in self.wanted)
 
+    def backward(self, indexes, gg):
+        gg = {name: array for name, array in zip(self.wanted, gg) if array is not None}
+        # The gradients are linear in the bias, which is not among what they are of.
+        wanted = tuple(self.names[i] for i in indexes if self.names[i] != 'b')
+        node = DeformableConvolution2DSamplerDoubleGrad(
+            self.geometry, tuple(gg), self.names, wanted
+        )
+        gradients = node.apply((*gg.values(), *self.get_retained_inputs()))
+        gradients = dict(zip(wanted, gradients))
+        return tuple(gradients.get(self.names[i]) for i in indexes)
+
+
+class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
+    """The gradient of the gradient as a node of the graph.
+
+    Args:
+        geometry: What the convolution looks like.
+        gg_names: The names of the gradients whose own gradients come first.
+        names: The names of the arguments that follow them.
+        wanted: The names of the arguments whose gradients are the outputs.
+
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        gg_names: tuple[str, ...],
+        names: tuple[str, ...],
+        wanted: tuple[str, ...],
+    ) -> None:
+        self.geometry = geometry
+        self.gg_names = gg_names
+        self.names = names
+        self.wanted = wanted
+
+    def forward_cpu(self, inputs):
+        return self._forward(cpu, inputs)
+
+    def forward_gpu(self, inputs):
+        return self._forward(cuda, inputs)
+
+    def _forward(self, sampling, inputs):
+        gg, arguments = inputs[: len(self.gg_names)], inputs[len(self.gg_names) :]
+        gradients = sampling.double_backward(
+            self.geometry,
+            self.wanted,
+            dict(zip(self.gg_names, gg)),
+            **dict(zip(self.names, arguments)),
+        )
+        return tuple(gradients[name] for name in self.wanted)
+
     def backward(self, indexes, grad_outputs):
         raise RuntimeError(
-            'deformable_convolution_2d_sampler is differentiable once: '
-            'gradients of its gradients are not available'
+            'deformable_convolution_2d_sampler is differentiable twice: gradients of '
+            'the gradients of its gradients are not available'
         )
 
 

@@ -1,115 +1,212 @@
-"""The sampler on the CPU: NumPy for the coordinates, SciPy's sparse product.
+"""The sampler on the CPU: NumPy for the coordinates, tile by tile for the rest.
 
-Sampling is a sparse matrix with up to four entries per row. A row is one tap (image,
-output position, kernel position, offset group), a column one pixel of the image,
-channels last. The matrix makes the columns; its transpose scatters their gradients
-back into the image.
+A tap is one sampling point: its four corner pixels, where the row of zeros that follows
+the image stands for those outside, and their weights. Three primitives work on taps:
+``gather`` samples, its transpose ``scatter`` adds to the image, ``dot`` multiplies what
+a tap is given with what it reads. With matrix products they make up the forward pass,
+its gradients and the gradients of those. :mod:`~chainer_deform.sampling.cpu_numba` has
+them compiled, where Numba can be imported, else
+:mod:`~chainer_deform.sampling.cpu_scipy` does the same.
 
 In the shapes below ``P = out_h * out_w`` is the number of output positions of an
 image, ``K = kh * kw`` that of kernel positions, ``og`` that of offset groups, ``G``
 that of groups; ``iCg`` and ``oCg`` are the input and output channels of a group. A
-piece has ``m`` images and ``p`` positions of each; ``R = m * p * K * og`` are its taps.
+piece has ``m`` images and ``p`` positions of each. A tile is a part of a piece, of
+``R`` positions, whose columns stay in the cache.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
-from collections.abc import Collection, Iterator
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy
-from scipy import sparse
 
 from chainer_deform.sampling.geometry import Geometry
 
-#: Bytes that the columns of a piece, and all that is made from them, may take.
+#: Bytes that taps and images may take, of all pieces worked on at the same time.
 PIECE_BYTES = 16 << 20
 
+#: Numbers in the columns that are worth a thread of their own.
+THREAD_COLUMNS = 1 << 18
 
-@numpy.errstate(all='ignore')  # NaN and infinity pass silently, as on a GPU
+
+@functools.cache
+def primitives():
+    """The module of the primitives; ``CHAINER_DEFORM_NUMBA=0`` keeps Numba out."""
+    if os.environ.get('CHAINER_DEFORM_NUMBA') != '0':
+        try:
+            return importlib.import_module('chainer_deform.sampling.cpu_numba')
+        except ImportError:  # it is not installed, or not made for this NumPy
+            pass
+    return importlib.import_module('chainer_deform.sampling.cpu_scipy')
+
+
 def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
     """Returns ``y``; shapes and dtypes are those of the public function."""
     dtype = _compute_dtype(x, offset, W, mask, b)
-    image = _image(geometry, x, dtype)
-    filters = _filters(geometry, W, dtype)
+    filters = _Filters(geometry, W, dtype)
     y = numpy.empty((len(x), len(W), *offset.shape[2:]), x.dtype)
-    y_view = _position_view(geometry, y)
+    y_view, offset, mask = _by_position(y, offset, mask)
 
-    for taps in _pieces(geometry, x.shape, offset, mask, dtype):
-        columns = _split_groups(geometry, taps.sample(image))
-        # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
-        y_piece = filters @ columns.transpose(0, 2, 1)
-        if b is not None:
-            y_piece += b.reshape(geometry.groups, -1, 1)
-        # (m, p, G, oCg)
-        view = y_view[taps.piece]
-        view[...] = y_piece.transpose(2, 0, 1).reshape(view.shape)
+    def work(piece):
+        taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
+        image, weights = taps.image(x), taps.weights()
+        scratch = _Scratch(dtype)
+        for tile in taps.tiles():
+            columns = filters.new_columns(tile, scratch)
+            taps.sample(image, tile, columns, weights)
+            output = filters.new_output(tile, b, scratch)
+            filters.convolve(columns, output, scratch)
+            filters.store(output, taps.part(y_view, tile))
+
+    for _ in _run(work, geometry, x.shape, dtype):
+        pass
     return y
 
 
-@numpy.errstate(all='ignore')
 def backward(
     geometry: Geometry, wanted: Collection[str], gy, x, offset, W, mask=None, b=None
 ) -> dict:
     """Returns the gradients of the arguments named in ``wanted``, and no others."""
-    dtype = _compute_dtype(x, offset, W, mask, gy)
-    image = _image(geometry, x, dtype)
-    filters = _filters(geometry, W, dtype)
-    gy_view = _position_view(geometry, gy)
-
+    dtype = _compute_dtype(gy, x, offset, W, mask)
+    filters = _Filters(geometry, W, dtype)
+    gradients = _Gradients(wanted, x, offset, mask, filters)
     wanted = set(wanted)
-    gradients = {}
-    slopes = {}
-    for name, array in ('offset', offset), ('mask', mask):
-        if name in wanted:
-            gradients[name] = numpy.empty(array.shape, array.dtype)
-            slopes[name] = _tap_view(geometry, gradients[name])
-    gimage = numpy.zeros_like(image) if 'x' in wanted else None
-    gfilters = numpy.zeros_like(filters) if 'W' in wanted else None
+    gy_view, offset, mask = _by_position(gy, offset, mask)
 
-    for taps in (
-        _pieces(geometry, x.shape, offset, mask, dtype) if wanted - {'b'} else ()
-    ):
-        # (G, oCg, m * p) from (m, p, G, oCg)
-        gy_piece = (
-            gy_view[taps.piece]
-            .astype(dtype)
-            .transpose(2, 3, 0, 1)
-            .reshape(*filters.shape[:2], -1)
-        )
-        if 'W' in wanted:
-            # (G, oCg, K * iCg) = (G, oCg, m * p) @ (G, m * p, K * iCg)
-            gfilters += gy_piece @ _split_groups(geometry, taps.sample(image))
-        if wanted <= {'W', 'b'}:
-            continue
-        # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
-        gcolumns = _join_groups(geometry, gy_piece.transpose(0, 2, 1) @ filters)
-        if slopes:
-            for name, gradient in zip(('offset', 'mask'), taps.slopes(image, gcolumns)):
-                if name in slopes:
-                    view = slopes[name][taps.piece]
-                    view[...] = gradient.reshape(view.shape)
-        if 'x' in wanted:
-            taps.scatter(gcolumns, gimage)
+    def work(piece):
+        taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
+        image, weights = taps.image(x), taps.weights()
+        gimage, gfilters = gradients.new_sums(image)
+        dots = taps.new_dots() if wanted & {'offset', 'mask'} else None
+        scratch = _Scratch(dtype)
+        for tile in taps.tiles():
+            gy_tile = filters.load(taps.part(gy_view, tile), scratch)
+            if 'W' in wanted:
+                columns = filters.new_columns(tile, scratch)
+                taps.sample(image, tile, columns, weights)
+                filters.differentiate(gy_tile, columns, gfilters, scratch)
+            if wanted & {'x', 'offset', 'mask'}:
+                gcolumns = filters.gcolumns(gy_tile, scratch)
+            if 'x' in wanted:
+                taps.scatter(gimage, tile, gcolumns, weights)
+            if dots is not None:
+                taps.dot(image, tile, gcolumns, dots)
+        if dots is not None:
+            gradients.set_of_taps(taps, *taps.slopes(dots))
+        return taps, gimage, gfilters
 
-    if 'x' in wanted:
-        n, c, h, w = x.shape
-        gradients['x'] = numpy.ascontiguousarray(
-            gimage.reshape(n, h, w, c).transpose(0, 3, 1, 2), x.dtype
-        )
-    if 'W' in wanted:
-        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
-        gW = gfilters.reshape(*gfilters.shape[:2], geometry.taps, -1).swapaxes(2, 3)
-        gradients['W'] = numpy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
+    if wanted - {'b'}:
+        for sums in _run(work, geometry, x.shape, dtype):
+            gradients.add(*sums)
+    result = gradients.result(x, W)
     if 'b' in wanted:
-        gradients['b'] = gy.sum((0, 2, 3), dtype).astype(b.dtype)
-    return gradients
+        result['b'] = gy.sum((0, 2, 3), dtype).astype(b.dtype)
+    return result
+
+
+def double_backward(
+    geometry: Geometry,
+    wanted: Collection[str],
+    gg: Mapping,
+    gy,
+    x,
+    offset,
+    W,
+    mask=None,
+    b=None,
+) -> dict:
+    """Returns the gradients of the gradients, for those arguments named in ``wanted``.
+
+    They are the gradients of the sum of ``gg[name]`` times the gradient called
+    ``name``, for all names in ``gg``. Among the arguments is ``gy``; ``b`` is none of
+    them. That sum is ``gy`` times the rate at which ``y`` changes while each argument
+    moves along its ``gg``. The prefix ``d`` marks such rates.
+    """
+    dtype = _compute_dtype(gy, x, offset, W, mask, *gg.values())
+    filters = _Filters(geometry, W, dtype)
+    dfilters = _Filters(geometry, gg['W'], dtype) if 'W' in gg else None
+    gradients = _Gradients(wanted, x, offset, mask, filters)
+    wanted = set(wanted)
+    ggy = numpy.empty(gy.shape, gy.dtype) if 'gy' in wanted else None
+    gy_view, ggy_view, offset, mask, goffset, gmask = _by_position(
+        gy, ggy, offset, mask, gg.get('offset'), gg.get('mask')
+    )
+
+    def work(piece):
+        taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
+        image, weights = taps.image(x), taps.weights()
+        dimage = taps.image(gg['x']) if 'x' in gg else None
+        rates = dweights = None
+        if goffset is not None or gmask is not None:
+            rates = taps.rates(goffset, gmask)
+            dweights = taps.weight_rates(rates)
+        gimage, gfilters = gradients.new_sums(image)
+        dots = ddots = None
+        if wanted & {'offset', 'mask'}:
+            dots, ddots = taps.new_dots(), taps.new_dots()
+        scratch = _Scratch(dtype)
+
+        for tile in taps.tiles():
+            if wanted & {'gy', 'W'}:
+                dcolumns = filters.new_columns(tile, scratch, 'dcolumns')
+                dcolumns[...] = 0
+                if dweights is not None:
+                    taps.sample(image, tile, dcolumns, dweights, add=True)
+                if dimage is not None:
+                    taps.sample(dimage, tile, dcolumns, weights, add=True)
+            if 'gy' in wanted:
+                output = filters.new_output(tile, gg.get('b'), scratch)
+                filters.convolve(dcolumns, output, scratch)
+                if dfilters is not None:
+                    columns = filters.new_columns(tile, scratch)
+                    taps.sample(image, tile, columns, weights)
+                    dfilters.convolve(columns, output, scratch)
+                filters.store(output, taps.part(ggy_view, tile))
+
+            gy_tile = filters.load(taps.part(gy_view, tile), scratch)
+            if 'W' in wanted:
+                filters.differentiate(gy_tile, dcolumns, gfilters, scratch)
+            if not wanted & {'x', 'offset', 'mask'}:
+                continue
+            gcolumns = filters.gcolumns(gy_tile, scratch)
+            if 'x' in wanted and dweights is not None:
+                taps.scatter(gimage, tile, gcolumns, dweights)
+            if dots is not None:
+                taps.dot(image, tile, gcolumns, dots)
+                if dimage is not None:
+                    taps.dot(dimage, tile, gcolumns, ddots)
+            if dfilters is not None:
+                gcolumns = dfilters.gcolumns(gy_tile, scratch)
+                if 'x' in wanted:
+                    taps.scatter(gimage, tile, gcolumns, weights)
+                if dots is not None:
+                    taps.dot(image, tile, gcolumns, ddots)
+
+        if dots is not None:
+            gradients.set_of_taps(taps, *taps.slope_rates(dots, ddots, rates))
+        return taps, gimage, gfilters
+
+    for sums in _run(work, geometry, x.shape, dtype):
+        gradients.add(*sums)
+    result = gradients.result(x, W)
+    if 'gy' in wanted:
+        result['gy'] = ggy
+    return result
 
 
 class _Taps:
-    """The sampling points of a piece, and the sparse matrix that they make.
+    """The sampling points of a piece.
 
-    Arrays have one entry for each tap (R,), or one for each of its corners (R, 4) in
-    the order top left, top right, bottom left, bottom right.
+    Arrays have a number for each tap (m, og, K, p), or for each of its corners
+    (4, m, og, K, p): top left, top right, bottom left, bottom right.
     """
 
     def __init__(
@@ -117,106 +214,431 @@ class _Taps:
         geometry: Geometry,
         piece: tuple[slice, slice],
         x_shape,
-        out_w: int,
         offset,
         mask,
         dtype,
     ) -> None:
-        n, _, h, w = x_shape
-        og = geometry.offset_groups
-        self.piece = piece
+        self.geometry, self.piece, self.dtype = geometry, piece, dtype
+        _, self.c, h, self.w = x_shape
+        self.images, self.positions = (axis.stop - axis.start for axis in piece)
 
         # A point is a place of the regular grid, in exact integers, plus its offset.
-        # (p, K, 1)
-        oy, ox = numpy.divmod(
-            numpy.arange(piece[1].start, piece[1].stop)[:, None, None], out_w
-        )
+        # (K, p)
+        out_h, out_w = geometry.out_size(h, self.w)
+        oy, ox = numpy.divmod(numpy.arange(piece[1].start, piece[1].stop), out_w)
         i, j = numpy.divmod(numpy.arange(geometry.taps)[:, None], geometry.kw)
-        # (m, p, K, og)
-        offset_x, offset_y = numpy.moveaxis(offset[piece], -1, 0).astype(dtype, 'C')
-        nan = numpy.isnan(offset_x) | numpy.isnan(offset_y)
-        self.nan = nan.reshape(-1) if nan.any() else None
-        offset_x[nan] = offset_y[nan] = numpy.inf  # such a point touches no pixel
-        rows = _axis(oy * geometry.sy - geometry.ph + i * geometry.dy, offset_y, h)
-        cols = _axis(ox * geometry.sx - geometry.pw + j * geometry.dx, offset_x, w)
-        self.row_weights = [weight.reshape(-1) for _, weight, _ in rows]
-        self.col_weights = [weight.reshape(-1) for _, weight, _ in cols]
-        self.mask = None
+        offset_x, offset_y = self._of_axes(offset)
+        self.nan = None
+        if numpy.isnan(offset_x.min() + offset_y.min()):
+            self.nan = numpy.isnan(offset_x) | numpy.isnan(offset_y)
+            # Such a point touches no pixel.
+            offset_x = numpy.where(self.nan, numpy.inf, offset_x)
+            offset_y = numpy.where(self.nan, numpy.inf, offset_y)
+        grid_y = oy * geometry.sy - geometry.ph + i * geometry.dy
+        grid_x = ox * geometry.sx - geometry.pw + j * geometry.dx
+        rows = _axis(grid_y, offset_y, h)
+        cols = _axis(grid_x, offset_x, self.w)
+        self.row_weights = [weight for _, weight, _ in rows]
+        self.col_weights = [weight for _, weight, _ in cols]
+        self.factor = numpy.ones_like(self.row_weights[0])
         if mask is not None:
-            self.mask = mask[piece].astype(dtype, 'C').reshape(-1)
+            self.factor = self._of_mask(mask)
 
-        # A pixel is a row of the image (n * h * w * og, c / og). That of a corner
-        # outside the image may be any number: it is never used.
-        index_dtype = numpy.int32 if n * h * w * og < 2**31 else numpy.int64
-        first_row = numpy.arange(piece[0].start, piece[0].stop)[:, None, None, None] * h
+        # Of the images of a piece, only the rows that are touched are sampled.
+        self.rows = slice(0, h)
+        if self.positions < out_h * out_w:
+            touched = numpy.concatenate([index[inside] for index, _, inside in rows])
+            if touched.size:
+                self.rows = slice(int(touched.min()), int(touched.max()) + 1)
+            else:
+                self.rows = slice(0, 0)
+        row_count = self.rows.stop - self.rows.start
+        self.zeros = self.images * row_count * self.w
+        index_dtype = numpy.int32 if self.zeros < 2**30 else numpy.int64
+        first = numpy.arange(self.images)[:, None, None, None] * row_count
+        first = (first - self.rows.start).astype(index_dtype)
         row_pixels = [
-            ((first_row + y) * (w * og)).astype(index_dtype) for y, _, _ in rows
+            numpy.where(inside, (index + first) * self.w, self.zeros)
+            for index, _, inside in rows
         ]
         col_pixels = [
-            (x * og + numpy.arange(og)).astype(index_dtype) for x, _, _ in cols
+            numpy.where(inside, index, self.zeros) for index, _, inside in cols
         ]
-        taps = offset_x.size
-        self.pixels = numpy.empty((taps, 4), index_dtype)
-        self.inside = numpy.empty((taps, 4), bool)
-        weights = numpy.empty((taps, 4), dtype)
-        entries = numpy.zeros(taps, index_dtype)
-        for q, (a, b) in enumerate(itertools.product((0, 1), repeat=2)):
-            self.pixels[:, q] = (row_pixels[a] + col_pixels[b]).reshape(-1)
-            self.inside[:, q] = (rows[a][2] & cols[b][2]).reshape(-1)
-            numpy.multiply(self.row_weights[a], self.col_weights[b], weights[:, q])
-            entries += self.inside[:, q]
+        self.pixels = numpy.empty((4, *offset_x.shape), index_dtype)
+        for corner, (row, col) in enumerate(itertools.product(row_pixels, col_pixels)):
+            numpy.minimum(row + col, self.zeros, out=self.pixels[corner])
 
-        # Only the band from the first to the last pixel that is read takes part.
-        pixels, weights = self.pixels[self.inside], weights[self.inside]
-        self.band = (
-            slice(pixels.min(), pixels.max() + 1) if len(pixels) else slice(0, 1)
-        )
-        ends = numpy.append(0, entries.cumsum()).astype(index_dtype)
-        # (R, pixels of the band)
-        self.matrix = sparse.csr_array(
-            (weights, pixels - self.band.start, ends),
-            shape=(taps, self.band.stop - self.band.start),
-        )
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Cuts the piece into slices of its images and of its positions."""
+        position_bytes = self.geometry.taps * self.c * self.dtype.itemsize
+        count = primitives().TILE_BYTES // position_bytes
+        return self.geometry.pieces(self.images, self.positions, count)
 
-    def sample(self, image):
-        """The columns (R, c / og): the modulated values of the image at the points."""
-        columns = self.matrix @ image[self.band]
+    def part(self, array, tile):
+        """What an array (n, channels, P) has for a tile, as a view."""
+        images, positions = (
+            slice(whole.start + part.start, whole.start + part.stop)
+            for whole, part in zip(self.piece, tile)
+        )
+        return array[images, :, positions]
+
+    def image(self, x):
+        """The rows that the piece samples (pixels + 1, og, c / og), and one of zeros."""
+        og = self.geometry.offset_groups
+        image = numpy.empty((self.zeros + 1, og, self.c // og), self.dtype)
+        image[-1] = 0
+        self._pixel_view(image)[...] = x[self.piece[0], :, self.rows]
+        return image
+
+    def add_image(self, image, x) -> None:
+        """The inverse of ``image``: adds to ``x`` what such an image has."""
+        x[self.piece[0], :, self.rows] += self._pixel_view(image)
+
+    def weights(self) -> _Weights:
+        """The bilinear weights, and the mask."""
+        weights = numpy.empty(self.pixels.shape, self.dtype)
+        for corner, (row, col) in enumerate(
+            itertools.product(self.row_weights, self.col_weights)
+        ):
+            numpy.multiply(row, col, out=weights[corner])
+        return _Weights(weights, self.factor)
+
+    def sample(self, image, tile, columns, weights, add=False) -> None:
+        """Writes, or adds, to the columns (R, K * c) the image at the points."""
+        primitives().gather(image, self.pixels, *weights, tile, columns, add)
         if self.nan is not None:
-            columns[self.nan] = numpy.nan
-        if self.mask is not None:
-            columns *= self.mask[:, None]
-        return columns
+            # (m, og, K, p) -> (R, K * c)
+            nan = self.nan[tile[0], :, :, tile[1]].transpose(0, 3, 2, 1)
+            nan = numpy.repeat(nan.reshape(len(columns), -1), image.shape[2], axis=1)
+            columns[:, : nan.shape[1]][nan] = numpy.nan
 
-    def scatter(self, gcolumns, gimage) -> None:
-        """Adds to ``gimage`` what the gradients of the columns make of it."""
-        if self.mask is not None:
-            gcolumns = gcolumns * self.mask[:, None]
-        gimage[self.band] += self.matrix.T @ gcolumns
+    def scatter(self, gimage, tile, gcolumns, weights) -> None:
+        """Adds to the image's gradient what the gradients of columns make of it."""
+        primitives().scatter(gimage, self.pixels, *weights, tile, gcolumns)
 
-    def slopes(self, image, gcolumns):
-        """The gradients of the offsets (R, 2), x first, and of the mask (R,)."""
-        tl, tr, bl, br = (self._dot(image, gcolumns, corner) for corner in range(4))
+    def new_dots(self):
+        return numpy.zeros(self.pixels.shape, self.dtype)
+
+    def dot(self, image, tile, gcolumns, dots) -> None:
+        """Adds the dot products of columns' gradients with the corners of their taps."""
+        primitives().dot(image, self.pixels, tile, gcolumns, dots)
+
+    def slopes(self, dots):
+        """The gradients of vertical and horizontal offset and of the mask."""
+        along_y, along_x, _ = self._derivatives(dots)
+        return self.factor * along_y, self.factor * along_x, self._value(dots)
+
+    def rates(self, goffset, gmask):
+        """The rates of vertical and horizontal offset and of the mask."""
+        zeros = numpy.zeros_like(self.factor)
+        dx, dy = (zeros, zeros) if goffset is None else self._of_axes(goffset)
+        return dy, dx, zeros if gmask is None else self._of_mask(gmask)
+
+    def weight_rates(self, rates) -> _Weights:
+        """How fast the weights of the corners, times the mask, change."""
+        dy, dx, dmask = rates
         top, bottom = self.row_weights
         left, right = self.col_weights
-        gmask = top * (left * tl + right * tr) + bottom * (left * bl + right * br)
-        goffset = numpy.stack(
+        weights = numpy.empty(self.pixels.shape, self.dtype)
+        for corner, (row, row_slope, col, col_slope) in enumerate(
             (
-                top * (tr - tl) + bottom * (br - bl),
-                left * (bl - tl) + right * (br - tr),
-            ),
-            -1,
-        )
-        if self.nan is not None:
-            goffset[self.nan] = gmask[self.nan] = numpy.nan
-        if self.mask is not None:
-            goffset *= self.mask[:, None]
-        return goffset, gmask
+                (top, -1, left, -1),
+                (top, -1, right, 1),
+                (bottom, 1, left, -1),
+                (bottom, 1, right, 1),
+            )
+        ):
+            slope = row_slope * col * dy + row * col_slope * dx
+            weights[corner] = dmask * row * col + self.factor * slope
+        weights[self.pixels == self.zeros] = 0
+        return _Weights(weights, numpy.ones_like(self.factor))
 
-    def _dot(self, image, gcolumns, corner: int):
-        """The dot products of the columns' gradients with the pixels of one corner."""
-        pixels = image.take(self.pixels[:, corner], axis=0, mode='clip')
-        products = numpy.einsum('rc,rc->r', gcolumns, pixels)
-        return numpy.where(self.inside[:, corner], products, 0)
+    def slope_rates(self, dots, ddots, rates):
+        """The gradients of ``slopes`` that are those of offset and mask.
+
+        Args:
+            dots: Those of the columns' gradients with the image.
+            ddots: Their rates, as image and filter change.
+            rates: What ``rates`` returns, or None.
+
+        """
+        along_y, along_x, value = self.slopes(ddots)
+        if rates is not None:
+            dy, dx, dmask = rates
+            slope_y, slope_x, slope_both = self._derivatives(dots)
+            along_y += dmask * slope_y + self.factor * slope_both * dx
+            along_x += dmask * slope_x + self.factor * slope_both * dy
+            value += dy * slope_y + dx * slope_x
+        return along_y, along_x, value
+
+    def _value(self, dots):
+        """The bilinear mean of the corners, NaN where the offset is."""
+        (tl, tr, bl, br), (top, bottom) = dots, self.row_weights
+        left, right = self.col_weights
+        value = top * (left * tl + right * tr) + bottom * (left * bl + right * br)
+        return self._with_nan(value)
+
+    def _derivatives(self, dots):
+        """Its derivatives along y, along x and along both."""
+        (tl, tr, bl, br), (top, bottom) = dots, self.row_weights
+        left, right = self.col_weights
+        along_y = left * (bl - tl) + right * (br - tr)
+        along_x = top * (tr - tl) + bottom * (br - bl)
+        along_both = tl - tr - bl + br
+        return tuple(map(self._with_nan, (along_y, along_x, along_both)))
+
+    def _with_nan(self, array):
+        if self.nan is not None:
+            array[self.nan] = numpy.nan
+        return array
+
+    def _of_axes(self, offset):
+        """(n, og * 2 * K, P) -> horizontal and vertical (m, og, K, p)."""
+        pairs = self.view_of_offset(offset)
+        return pairs[:, :, 0].astype(self.dtype), pairs[:, :, 1].astype(self.dtype)
+
+    def _of_mask(self, mask):
+        return self.view_of_mask(mask).astype(self.dtype)
+
+    def view_of_offset(self, offset):
+        """(n, og * 2 * K, P) -> (m, og, 2, K, p)."""
+        return offset[self.piece[0], :, self.piece[1]].reshape(
+            self.images, self.geometry.offset_groups, 2, -1, self.positions
+        )
+
+    def view_of_mask(self, mask):
+        """(n, og * K, P) -> (m, og, K, p)."""
+        return mask[self.piece[0], :, self.piece[1]].reshape(
+            self.images, self.geometry.offset_groups, -1, self.positions
+        )
+
+    def _pixel_view(self, image):
+        """(pixels + 1, og, c / og) -> (m, c, rows, w)."""
+        return image[:-1].reshape(self.images, -1, self.w, self.c).transpose(0, 3, 1, 2)
+
+
+class _Weights(NamedTuple):
+    """What the corners of taps are multiplied by, and then their sum."""
+
+    corners: numpy.ndarray
+    factor: numpy.ndarray
+
+
+class _Filters:
+    """The filter as matrices, and the products that a convolution is made of.
+
+    Matrices have rows of whole vectors, of which not all numbers may be in use. What
+    is one matrix for each group lies one after the other, unless the convolution is
+    depthwise: then the groups are the last axis.
+    """
+
+    def __init__(self, geometry: Geometry, W, dtype) -> None:
+        self.geometry, self.dtype = geometry, dtype
+        self.groups, self.taps = geometry.groups, geometry.taps
+        self.group_out, self.group_in = len(W) // self.groups, W.shape[1]
+        self.depthwise = self.group_in == 1 < self.groups
+        # (G, oCg, iCg, K)
+        self.W = W.reshape(self.groups, self.group_out, self.group_in, self.taps)
+
+    @functools.cached_property
+    def _matrices(self):
+        """From columns to outputs: (G, K * iCg, oCg), or depthwise (K, oCg, G)."""
+        if self.depthwise:
+            return self.W[:, :, 0].transpose(2, 1, 0).astype(self.dtype, 'C')
+        return self._padded(self.W.transpose(0, 3, 2, 1), self.group_out)
+
+    @functools.cached_property
+    def _transposed(self):
+        """From outputs to columns: (G, oCg, K * iCg), or depthwise (oCg, K, G)."""
+        if self.depthwise:
+            return self.W[:, :, 0].transpose(1, 2, 0).astype(self.dtype, 'C')
+        return self._padded(self.W.swapaxes(2, 3), self.taps * self.group_in)
+
+    def zeros(self):
+        """A sum of gradients: (G, oCg, K * iCg), or depthwise (K, oCg, G)."""
+        if self.depthwise:
+            return numpy.zeros((self.taps, self.group_out, self.groups), self.dtype)
+        width = self._whole(self.taps * self.group_in)
+        return numpy.zeros((self.groups, self.group_out, width), self.dtype)
+
+    def gradient(self, gfilters, W):
+        """Such a sum in the shape and the dtype of the filter."""
+        if self.depthwise:
+            gW = gfilters.transpose(2, 1, 0)
+        else:
+            gW = gfilters[..., : self.taps * self.group_in].reshape(
+                self.groups, self.group_out, self.taps, self.group_in
+            )
+            gW = gW.swapaxes(2, 3)
+        return numpy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
+
+    def new_columns(self, tile, scratch, name='columns'):
+        """Memory for columns (R, K * c)."""
+        width = self.taps * self.group_in * self.groups
+        columns = scratch(name, _count(tile), self._row(width))
+        columns[:, width:] = 0
+        return columns
+
+    def new_output(self, tile, b, scratch):
+        """Outputs (G, R, oCg), or depthwise (R, oCg, G), that start as the bias."""
+        R = _count(tile)
+        if self.depthwise:
+            output = scratch('output', R, self.group_out, self.groups)
+            output[...] = 0 if b is None else b.reshape(self.groups, -1).T
+        else:
+            output = scratch('output', self.groups, R, self._whole(self.group_out))
+            output[...] = 0
+            if b is not None:
+                output[..., : self.group_out] = b.reshape(self.groups, 1, -1)
+        return output
+
+    def convolve(self, columns, output, scratch) -> None:
+        """Adds to the outputs the products of columns and filter."""
+        if self.depthwise:
+            a = columns.reshape(-1, self.taps, self.groups)
+            primitives().matmul_lanes(a, self._matrices, output)
+        else:
+            a = self._split(columns, scratch)
+            primitives().matmul(a, self._matrices, output)
+
+    def gcolumns(self, gy, scratch):
+        """The gradients of columns (R, K * c), of those of outputs."""
+        if self.depthwise:
+            gcolumns = scratch('gcolumns', len(gy), self.taps, self.groups)
+            gcolumns[...] = 0
+            primitives().matmul_lanes(gy, self._transposed, gcolumns)
+            return gcolumns.reshape(len(gy), -1)
+        R = gy.shape[1]
+        matrices = self._transposed
+        gcolumns = scratch('gcolumns', self.groups, R, matrices.shape[2])
+        gcolumns[...] = 0
+        primitives().matmul(gy, matrices, gcolumns)
+        if self.groups == 1:
+            return gcolumns[0]
+        joined = scratch('joined', R, self.taps, self.groups, self.group_in)
+        gcolumns = gcolumns[..., : self.taps * self.group_in]
+        joined[...] = gcolumns.reshape(self.groups, R, self.taps, -1).transpose(
+            1, 2, 0, 3
+        )
+        return joined.reshape(R, -1)
+
+    def differentiate(self, gy, columns, gfilters, scratch) -> None:
+        """Adds to the filter's gradient what a tile makes of it."""
+        if self.depthwise:
+            a = columns.reshape(-1, self.taps, self.groups)
+            primitives().matmul_lanes(a, gy, gfilters, transposed=True)
+        else:
+            b = self._split(columns, scratch)
+            primitives().matmul(gy, b, gfilters, transposed=True)
+
+    def load(self, gy, scratch):
+        """(m, out_c, p) -> (G, R, oCg), or depthwise (R, oCg, G)."""
+        m, _, p = gy.shape
+        gy = gy.reshape(m, self.groups, self.group_out, p)
+        # (m, G, oCg, p) -> (m, p, oCg, G) or (G, m, p, oCg)
+        gy = gy.transpose((0, 3, 2, 1) if self.depthwise else (1, 0, 3, 2))
+        loaded = scratch('gy', *gy.shape)
+        loaded[...] = gy
+        if self.depthwise:
+            return loaded.reshape(m * p, self.group_out, self.groups)
+        return loaded.reshape(self.groups, m * p, self.group_out)
+
+    def store(self, output, y) -> None:
+        """The inverse of ``load``, into a view (m, out_c, p)."""
+        m, _, p = y.shape
+        y = y.reshape(m, self.groups, self.group_out, p)
+        if self.depthwise:
+            output = output.reshape(m, p, self.group_out, self.groups)
+            y[...] = output.transpose(0, 3, 2, 1)
+        else:
+            output = output.reshape(self.groups, m, p, -1)[..., : self.group_out]
+            y[...] = output.transpose(1, 0, 3, 2)
+
+    def _split(self, columns, scratch):
+        """(R, K * c) -> (G, R, K * iCg)."""
+        if self.groups == 1:
+            return columns[None]
+        R, used = len(columns), self.taps * self.group_in
+        split = scratch('split', self.groups, R, self._whole(used))
+        split[..., used:] = 0
+        split[..., :used].reshape(self.groups, R, self.taps, self.group_in)[...] = (
+            columns.reshape(R, self.taps, self.groups, -1).transpose(2, 0, 1, 3)
+        )
+        return split
+
+    def _row(self, width: int) -> int:
+        """Numbers in a row of columns; only what is multiplied as it is, is padded."""
+        return self._whole(width) if self.groups == 1 else width
+
+    def _whole(self, width: int) -> int:
+        lanes = primitives().lanes(self.dtype)
+        return -(-width // lanes) * lanes
+
+    def _padded(self, matrices, width: int):
+        """(G, rows, width), in rows of whole vectors, from the last axes."""
+        matrices = matrices.reshape(self.groups, -1, width)
+        padded = numpy.zeros((*matrices.shape[:2], self._whole(width)), self.dtype)
+        padded[..., :width] = matrices
+        return padded
+
+
+class _Gradients:
+    """The gradients that are wanted, to which the pieces add."""
+
+    def __init__(self, wanted, x, offset, mask, filters: _Filters) -> None:
+        self.filters = filters
+        self.gx = numpy.zeros(x.shape, filters.dtype) if 'x' in wanted else None
+        self.gfilters = filters.zeros() if 'W' in wanted else None
+        self.of_taps = {
+            name: numpy.empty(array.shape, array.dtype)
+            for name, array in (('offset', offset), ('mask', mask))
+            if name in wanted
+        }
+
+    def new_sums(self, image):
+        """What a piece adds up: the gradients of its image and of the filter."""
+        return (
+            None if self.gx is None else numpy.zeros_like(image),
+            None if self.gfilters is None else self.filters.zeros(),
+        )
+
+    def add(self, taps: _Taps, gimage, gfilters) -> None:
+        if self.gx is not None:
+            taps.add_image(gimage, self.gx)
+        if self.gfilters is not None:
+            self.gfilters += gfilters
+
+    def set_of_taps(self, taps: _Taps, along_y, along_x, value) -> None:
+        for name, array in self.of_taps.items():
+            (array,) = _by_position(array)
+            if name == 'offset':
+                view = taps.view_of_offset(array)
+                view[:, :, 0], view[:, :, 1] = along_x, along_y
+            else:
+                taps.view_of_mask(array)[...] = value
+
+    def result(self, x, W) -> dict:
+        result = dict(self.of_taps)
+        if self.gx is not None:
+            result['x'] = self.gx.astype(x.dtype, copy=False)
+        if self.gfilters is not None:
+            result['W'] = self.filters.gradient(self.gfilters, W)
+        return result
+
+
+class _Scratch:
+    """Memory that the tiles of a piece use one after the other, by name."""
+
+    def __init__(self, dtype) -> None:
+        self.dtype = dtype
+        self.arrays = {}
+
+    def __call__(self, name: str, *shape: int):
+        size = math.prod(shape)
+        array = self.arrays.get(name)
+        if array is None or array.size < size:
+            array = self.arrays[name] = numpy.empty(size, self.dtype)
+        return array[:size].reshape(shape)
 
 
 def _axis(grid, offset, size: int):
@@ -224,36 +646,55 @@ def _axis(grid, offset, size: int):
 
     Returns for the pixel before and the pixel after each point its index, its weight
     and whether it takes part: both the pixel and the point are inside, which for a
-    point means the open interval (-1, size).
+    point means the open interval (-1, size). The weight of the others is 0.
     """
     # Floor and fraction of the offset alone: no bits are lost far from the origin.
     # Clipped before it becomes an integer, to where every point is outside.
     limit = size + 1 + int(numpy.abs(grid).max())
-    offset = numpy.clip(offset, -limit, limit)
+    if not -limit <= offset.min() <= offset.max() <= limit:
+        offset = numpy.clip(offset, -limit, limit)
     floor = numpy.floor(offset)
     after = offset - floor
-    index = numpy.clip(floor.astype(numpy.int64) + grid, -2, size)
-    index[(index == -1) & (after == 0)] = -2  # a point at -1 is outside
-    return (
-        (index, 1 - after, (index >= 0) & (index < size)),
-        (index + 1, after, (index >= -1) & (index < size - 1)),
+    index = floor.astype(numpy.int32 if limit < 2**29 else numpy.int64)
+    index += grid.astype(index.dtype)
+    index -= (index == -1) & (after == 0)  # a point at -1 is outside
+    before = 1 - after
+    inside, inside_after = (
+        (index >= 0) & (index < size),
+        (index >= -1) & (index < size - 1),
     )
+    before *= inside
+    after *= inside_after
+    return (index, before, inside), (index + 1, after, inside_after)
 
 
-def _pieces(geometry: Geometry, x_shape, offset, mask, dtype) -> Iterator[_Taps]:
-    """The work cut into pieces: whole images if they are small, else positions."""
-    n, c = x_shape[:2]
-    out_h, out_w = offset.shape[2:]
-    # A tap has its columns, their gradient, one corner of each, and its coordinates.
-    position_bytes = geometry.taps * (
-        3 * c * dtype.itemsize + 20 * 8 * geometry.offset_groups
+def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:
+    """Does the work piece by piece, on several threads; yields what comes out in order.
+
+    As many pieces as there are threads are worked on at the same time.
+    """
+    n, c, h, w = x_shape
+    positions = math.prod(geometry.out_size(h, w))
+    columns = n * positions * geometry.taps * c
+    threads = min(primitives().thread_count(), 1 + columns // THREAD_COLUMNS)
+    # Of a tap: pixels, weights, dot products, all of them twice, and what they are
+    # made from. Of a position: its share of three images.
+    position_bytes = dtype.itemsize * (
+        40 * geometry.taps * geometry.offset_groups + 3 * c * geometry.sy * geometry.sx
     )
-    offset = _tap_view(geometry, offset)
-    if mask is not None:
-        mask = _tap_view(geometry, mask)[..., 0]
-    count = PIECE_BYTES // position_bytes
-    for piece in geometry.pieces(n, out_h * out_w, count):
-        yield _Taps(geometry, piece, x_shape, out_w, offset, mask, dtype)
+    count = min(PIECE_BYTES // threads // position_bytes, -(-n * positions // threads))
+    pieces = list(geometry.pieces(n, positions, count))
+
+    def quietly(piece):
+        with numpy.errstate(all='ignore'):  # NaN and infinity pass, as on a GPU
+            return work(piece)
+
+    if threads == 1:
+        yield from map(quietly, pieces)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for i in range(0, len(pieces), threads):
+            yield from pool.map(quietly, pieces[i : i + threads])
 
 
 def _compute_dtype(*arrays):
@@ -261,58 +702,16 @@ def _compute_dtype(*arrays):
     return numpy.result_type(numpy.float32, *(a.dtype for a in arrays if a is not None))
 
 
-def _image(geometry: Geometry, x, dtype):
-    """(n, c, h, w) -> (n * h * w * og, c / og), channels last."""
-    n, c, h, w = x.shape
-    og = geometry.offset_groups
-    return numpy.ascontiguousarray(x.transpose(0, 2, 3, 1), dtype).reshape(
-        n * h * w * og, c // og
-    )
+def _by_position(*arrays) -> list:
+    """(n, channels, out_h, out_w) -> (n, channels, P); None stays None."""
+    return [
+        array
+        if array is None
+        else array.reshape(*array.shape[:2], math.prod(array.shape[2:]))
+        for array in arrays
+    ]
 
 
-def _filters(geometry: Geometry, W, dtype):
-    """(out_c, iCg, kh, kw) -> (G, oCg, K * iCg)."""
-    filters = W.reshape(geometry.groups, -1, W.shape[1], geometry.taps)
-    return numpy.ascontiguousarray(filters.swapaxes(2, 3), dtype).reshape(
-        geometry.groups, -1, geometry.taps * W.shape[1]
-    )
-
-
-def _position_view(geometry: Geometry, y):
-    """(n, out_c, out_h, out_w) -> (n, P, G, oCg)."""
-    n, out_c, out_h, out_w = y.shape
-    return y.reshape(
-        n, geometry.groups, out_c // geometry.groups, out_h * out_w
-    ).transpose(0, 3, 1, 2)
-
-
-def _tap_view(geometry: Geometry, array):
-    """An offset (n, og * 2 * K, out_h, out_w) -> (n, P, K, og, 2); a mask likewise."""
-    n, channels, out_h, out_w = array.shape
-    groups_taps = geometry.offset_groups * geometry.taps
-    return array.reshape(
-        n, geometry.offset_groups, channels // groups_taps, geometry.taps, out_h * out_w
-    ).transpose(0, 4, 3, 1, 2)
-
-
-def _split_groups(geometry: Geometry, columns):
-    """(R, c / og) -> (G, m * p, K * iCg)."""
-    G, K = geometry.groups, geometry.taps
-    group_c = columns.shape[1] * geometry.offset_groups // G
-    return (
-        columns.reshape(-1, K, G, group_c)
-        .transpose(2, 0, 1, 3)
-        .reshape(G, -1, K * group_c)
-    )
-
-
-def _join_groups(geometry: Geometry, columns):
-    """(G, m * p, K * iCg) -> (R, c / og)."""
-    G, positions, taps_channels = columns.shape
-    K, og = geometry.taps, geometry.offset_groups
-    group_c = taps_channels // K
-    return (
-        columns.reshape(G, positions, K, group_c)
-        .transpose(1, 2, 0, 3)
-        .reshape(positions * K * og, G * group_c // og)
-    )
+def _count(tile) -> int:
+    """The positions of a tile."""
+    return math.prod(axis.stop - axis.start for axis in tile)

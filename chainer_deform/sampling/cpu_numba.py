@@ -1,0 +1,292 @@
+"""What the CPU path is made of, in Numba: compiled for this CPU, without the GIL.
+
+Twin of :mod:`chainer_deform.sampling.cpu_scipy`; :mod:`chainer_deform.sampling.cpu`
+says what is what. Numba compiles a function when it is first called, and keeps the
+result on disk.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numba
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+#: Bytes that the columns of a tile may take: they stay in the cache of a core.
+TILE_BYTES = 1 << 20
+
+_features = binding.get_host_cpu_features()
+_VECTOR_BYTES = 64 if _features.get('avx512f') else 32 if _features.get('avx2') else 16
+
+#: Rows of a block of the product: as many as the vector registers hold.
+_ROWS = 14 if _VECTOR_BYTES == 64 else 6
+
+#: Terms of the sums of a block, so that what it reads stays in the innermost cache.
+_DEPTH = 256
+
+
+def thread_count() -> int:
+    """As many as NumPy's products take: what is asked for, or one for each core."""
+    asked = os.environ.get('OMP_NUM_THREADS', '')
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def lanes(dtype) -> int:
+    """What the rows of a matrix are padded to a multiple of: numbers of a vector."""
+    return _VECTOR_BYTES // dtype.itemsize
+
+
+def gather(image, pixels, weights, scale, tile, columns, add) -> None:
+    """``columns = sum of weights * image[pixels]``, times ``scale``; or ``+=``."""
+    _gather(image, pixels, weights, scale, *_ends(tile), columns, add)
+
+
+def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
+    """``gimage[pixels] += weights * gcolumns``, times ``scale``."""
+    _scatter(gimage, pixels, weights, scale, *_ends(tile), gcolumns)
+
+
+def dot(image, pixels, tile, gcolumns, dots) -> None:
+    """``dots +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+
+    That with the row of zeros is 0, also for infinite ``gcolumns``.
+    """
+    _dot(image, pixels, *_ends(tile), gcolumns, dots)
+
+
+def matmul(a, b, out, transposed=False) -> None:
+    """``out += a @ b``, or with the matrices of ``a`` transposed."""
+    _matmul(a, b, out, transposed, lanes(out.dtype))
+
+
+def matmul_lanes(a, b, out, transposed=False) -> None:
+    """The same for matrices that lie along the last axis, one for each number there."""
+    _matmul_lanes(a, b, out, transposed)
+
+
+def _ends(tile) -> tuple[int, int, int, int]:
+    return tuple(end for axis in tile for end in (axis.start, axis.stop))
+
+
+def _jit(*fastmath):
+    """Compiles without the GIL, and keeps the result where a folder can be written."""
+
+    def decorate(function):
+        options = {'nogil': True, 'fastmath': set(fastmath)}
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:
+            return numba.njit(**options)(function)
+
+    return decorate
+
+
+@_jit('contract')
+def _gather(image, pixels, weights, scale, i0, i1, p0, p1, columns, add):
+    _, og, channels = image.shape
+    row = 0
+    for i in range(i0, i1):
+        for p in range(p0, p1):
+            for o in range(og):
+                for k in range(pixels.shape[3]):
+                    tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
+                    bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
+                    tl_w, tr_w = weights[0, i, o, k, p], weights[1, i, o, k, p]
+                    bl_w, br_w = weights[2, i, o, k, p], weights[3, i, o, k, p]
+                    factor = scale[i, o, k, p]
+                    first = (k * og + o) * channels
+                    if add:
+                        for c in range(channels):
+                            columns[row, first + c] += factor * (
+                                tl_w * image[tl, o, c]
+                                + tr_w * image[tr, o, c]
+                                + bl_w * image[bl, o, c]
+                                + br_w * image[br, o, c]
+                            )
+                    else:
+                        for c in range(channels):
+                            columns[row, first + c] = factor * (
+                                tl_w * image[tl, o, c]
+                                + tr_w * image[tr, o, c]
+                                + bl_w * image[bl, o, c]
+                                + br_w * image[br, o, c]
+                            )
+            row += 1
+
+
+@_jit('contract')
+def _scatter(gimage, pixels, weights, scale, i0, i1, p0, p1, gcolumns):
+    _, og, channels = gimage.shape
+    row = 0
+    for i in range(i0, i1):
+        for p in range(p0, p1):
+            for o in range(og):
+                for k in range(pixels.shape[3]):
+                    first = (k * og + o) * channels
+                    for corner in range(4):
+                        pixel = pixels[corner, i, o, k, p]
+                        factor = scale[i, o, k, p] * weights[corner, i, o, k, p]
+                        for c in range(channels):
+                            gimage[pixel, o, c] += factor * gcolumns[row, first + c]
+            row += 1
+
+
+@_jit('contract', 'reassoc')
+def _dot(image, pixels, i0, i1, p0, p1, gcolumns, dots):
+    zeros = image.shape[0] - 1
+    _, og, channels = image.shape
+    row = 0
+    for i in range(i0, i1):
+        for p in range(p0, p1):
+            for o in range(og):
+                for k in range(pixels.shape[3]):
+                    tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
+                    bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
+                    first = (k * og + o) * channels
+                    tl_dot = tr_dot = bl_dot = br_dot = image.dtype.type(0)
+                    for c in range(channels):
+                        g = gcolumns[row, first + c]
+                        tl_dot += g * image[tl, o, c]
+                        tr_dot += g * image[tr, o, c]
+                        bl_dot += g * image[bl, o, c]
+                        br_dot += g * image[br, o, c]
+                    dots[0, i, o, k, p] += tl_dot if tl != zeros else 0
+                    dots[1, i, o, k, p] += tr_dot if tr != zeros else 0
+                    dots[2, i, o, k, p] += bl_dot if bl != zeros else 0
+                    dots[3, i, o, k, p] += br_dot if br != zeros else 0
+            row += 1
+
+
+@_jit('contract')
+def _matmul_lanes(a, b, out, transposed):
+    for i in range(out.shape[0]):
+        for k in range(b.shape[0]):
+            for j in range(out.shape[1]):
+                for g in range(out.shape[2]):
+                    factor = a[k, i, g] if transposed else a[i, k, g]
+                    out[i, j, g] += factor * b[k, j, g]
+
+
+def _block(vectors: int):
+    """A function that adds to a block of ``_ROWS`` rows by ``vectors`` vectors.
+
+    The block stays in registers while the sums are taken, which no loop over arrays
+    could tell the compiler. Rows past the last one are the last one again: they end
+    with the same numbers.
+    """
+
+    @intrinsic
+    def add_block(
+        typing, a, a_at, a_row, a_step, b, b_at, b_step, out, out_at, out_row, rows, depth
+    ):  # fmt: skip
+        integers = types.intp, types.intp, types.intp
+        signature = types.void(
+            a, *integers, b, *integers[:2], out, *integers[:2], *integers[:2]
+        )
+
+        def generate(context, builder, signature, args):
+            a, a_at, a_row, a_step, b, b_at, b_step, out, out_at, out_row, rows, depth = (
+                args
+            )  # fmt: skip
+            a, b, out = (
+                builder.gep(context.make_array(t)(context, builder, array).data, [at])
+                for t, array, at in (
+                    (signature.args[0], a, a_at),
+                    (signature.args[4], b, b_at),
+                    (signature.args[7], out, out_at),
+                )
+            )
+            number = a.type.pointee
+            count = _VECTOR_BYTES // context.get_abi_sizeof(number)
+            vector = ir.VectorType(number, count)
+            letter = {4: 'f32', 8: 'f64'}[context.get_abi_sizeof(number)]
+            multiply_add = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(vector, [vector] * 3),
+                f'llvm.fmuladd.v{count}{letter}',
+            )
+            int32, intp = ir.IntType(32), rows.type
+            alignment = context.get_abi_sizeof(number)
+
+            def at_vector(pointer, offset, v):
+                offset = builder.add(offset, intp(v * count))
+                return builder.bitcast(
+                    builder.gep(pointer, [offset]), vector.as_pointer()
+                )
+
+            last = builder.sub(rows, intp(1))
+            a_rows, out_rows = [], []
+            for r in range(_ROWS):
+                inside = builder.icmp_signed('<', intp(r), last)
+                row = builder.select(inside, intp(r), last)
+                a_rows.append(builder.gep(a, [builder.mul(row, a_row)]))
+                out_rows.append(builder.mul(row, out_row))
+            block = [
+                cgutils.alloca_once(builder, vector) for _ in range(_ROWS * vectors)
+            ]
+            places = [(r, v) for r in range(_ROWS) for v in range(vectors)]
+            for slot, (r, v) in zip(block, places):
+                at = at_vector(out, out_rows[r], v)
+                builder.store(builder.load(at, align=alignment), slot)
+            with cgutils.for_range(builder, depth) as loop:
+                b_row = builder.mul(loop.index, b_step)
+                a_offset = builder.mul(loop.index, a_step)
+                b_vectors = [
+                    builder.load(at_vector(b, b_row, v), align=alignment)
+                    for v in range(vectors)
+                ]
+                for r in range(_ROWS):
+                    factor = builder.load(builder.gep(a_rows[r], [a_offset]))
+                    undefined = ir.Constant(vector, ir.Undefined)
+                    factor = builder.shuffle_vector(
+                        builder.insert_element(undefined, factor, int32(0)),
+                        undefined,
+                        ir.Constant(ir.VectorType(int32, count), [0] * count),
+                    )
+                    for v in range(vectors):
+                        slot = block[r * vectors + v]
+                        total = builder.call(
+                            multiply_add, (factor, b_vectors[v], builder.load(slot))
+                        )
+                        builder.store(total, slot)
+            for slot, (r, v) in zip(block, places):
+                at = at_vector(out, out_rows[r], v)
+                builder.store(builder.load(slot), at, align=alignment)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return add_block
+
+
+_add_block_1, _add_block_2 = _block(1), _block(2)
+
+
+@_jit()
+def _matmul(a, b, out, transposed, lanes):
+    groups, rows, columns = out.shape
+    a_row, a_step = (1, a.shape[2]) if transposed else (a.shape[2], 1)
+    for g in range(groups):
+        for k in range(0, b.shape[1], _DEPTH):
+            depth = min(_DEPTH, b.shape[1] - k)
+            for j in range(0, columns, 2 * lanes):
+                for i in range(0, rows, _ROWS):
+                    a_at = g * a.shape[1] * a.shape[2] + i * a_row + k * a_step
+                    b_at = (g * b.shape[1] + k) * columns + j
+                    out_at = (g * rows + i) * columns + j
+                    if columns - j > lanes:
+                        _add_block_2(
+                            a, a_at, a_row, a_step, b, b_at, columns,
+                            out, out_at, columns, rows - i, depth,
+                        )  # fmt: skip
+                    else:
+                        _add_block_1(
+                            a, a_at, a_row, a_step, b, b_at, columns,
+                            out, out_at, columns, rows - i, depth,
+                        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""What the CPU path is made of, in NumPy and SciPy: it is always there.
+
+Twin of :mod:`chainer_deform.sampling.cpu_numba`; :mod:`chainer_deform.sampling.cpu`
+says what is what. Sampling is a sparse matrix of four entries per row: a row is a tap,
+a column one pixel of the image. Its transpose scatters.
+"""
+
+from __future__ import annotations
+
+import numpy
+from scipy import sparse
+
+#: Bytes that the columns of a tile may take. A sparse matrix is costly to set up.
+TILE_BYTES = 8 << 20
+
+
+def thread_count() -> int:
+    """One: SciPy lets no other thread run. NumPy's products have threads of theirs."""
+    return 1
+
+
+def lanes(dtype) -> int:
+    """What the rows of a matrix are padded to a multiple of."""
+    return 1
+
+
+def gather(image, pixels, weights, scale, tile, columns, add) -> None:
+    """``columns = sum of weights * image[pixels]``, times ``scale``; or ``+=``."""
+    samples = _matrix(image, pixels, weights, tile) @ _pixel_rows(image)
+    samples *= _by_tap(scale, tile)[:, None]
+    samples = samples.reshape(columns.shape)
+    if add:
+        columns += samples
+    else:
+        columns[...] = samples
+
+
+def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
+    """``gimage[pixels] += weights * gcolumns``, times ``scale``."""
+    scaled = gcolumns.reshape(-1, gimage.shape[2]) * _by_tap(scale, tile)[:, None]
+    _pixel_rows(gimage)[...] += _matrix(gimage, pixels, weights, tile).T @ scaled
+
+
+def dot(image, pixels, tile, gcolumns, dots) -> None:
+    """``dots +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+
+    That with the row of zeros is 0, also for infinite ``gcolumns``.
+    """
+    images, positions = tile
+    gcolumns = gcolumns.reshape(-1, image.shape[2])
+    for corner in range(4):
+        rows = _pixel_index(image, pixels[corner], tile)
+        products = numpy.einsum('rc,rc->r', gcolumns, _pixel_rows(image)[rows])
+        products[_by_tap(pixels[corner], tile) == len(image) - 1] = 0
+        view = dots[corner, images, :, :, positions].transpose(0, 3, 2, 1)
+        view += products.reshape(view.shape)
+
+
+def matmul(a, b, out, transposed=False) -> None:
+    """``out += a @ b``, or with the matrices of ``a`` transposed."""
+    out += (a.swapaxes(1, 2) if transposed else a) @ b
+
+
+def matmul_lanes(a, b, out, transposed=False) -> None:
+    """The same for matrices that lie along the last axis, one for each number there."""
+    out += numpy.einsum('kig,kjg->ijg' if transposed else 'ikg,kjg->ijg', a, b)
+
+
+def _matrix(image, pixels, weights, tile):
+    """The sparse matrix (taps, pixels * og) of a tile."""
+    pixels = numpy.stack([_pixel_index(image, corner, tile) for corner in pixels], -1)
+    weights = numpy.stack([_by_tap(corner, tile) for corner in weights], -1)
+    ends = numpy.arange(0, pixels.size + 1, 4, dtype=pixels.dtype)
+    return sparse.csr_array(
+        (weights.reshape(-1), pixels.reshape(-1), ends),
+        shape=(len(pixels), image.shape[0] * image.shape[1]),
+    )
+
+
+def _pixel_index(image, pixels, tile):
+    """The rows of :func:`_pixel_rows` that the taps of a tile read at one corner."""
+    og = image.shape[1]
+    return (_by_tap(pixels, tile).reshape(-1, og) * og + numpy.arange(og)).reshape(-1)
+
+
+def _pixel_rows(image):
+    """(pixels, og, c / og) -> (pixels * og, c / og)."""
+    return image.reshape(-1, image.shape[2])
+
+
+def _by_tap(array, tile):
+    """(m, og, K, p) -> (taps of the tile), in the order of the columns."""
+    images, positions = tile
+    return array[images, :, :, positions].transpose(0, 3, 2, 1).reshape(-1)
