@@ -1,7 +1,7 @@
 """The sampler on the CPU: NumPy for the coordinates, tile by tile for the rest.
 
-A tap is one sampling point: its four corner pixels, where the row of zeros that follows
-the image stands for those outside, and their weights. Three primitives work on taps:
+A tap is one sampling point: its four corner pixels, where a row of zeros stands for
+those outside the image, and their weights. Three primitives work on taps:
 ``gather`` samples, its transpose ``scatter`` adds to the image, ``dot`` multiplies what
 a tap is given with what it reads. With matrix products they make up the forward pass,
 its gradients and the gradients of those. :mod:`~chainer_deform.sampling.cpu_numba` has
@@ -227,46 +227,34 @@ class _Taps:
         out_h, out_w = geometry.out_size(h, self.w)
         oy, ox = numpy.divmod(numpy.arange(piece[1].start, piece[1].stop), out_w)
         i, j = numpy.divmod(numpy.arange(geometry.taps)[:, None], geometry.kw)
+        grid_y = oy * geometry.sy - geometry.ph + i * geometry.dy
+        grid_x = ox * geometry.sx - geometry.pw + j * geometry.dx
         offset_x, offset_y = self._of_axes(offset)
         self.nan = None
         if numpy.isnan(offset_x.min() + offset_y.min()):
             self.nan = numpy.isnan(offset_x) | numpy.isnan(offset_y)
-            # Such a point touches no pixel.
-            offset_x = numpy.where(self.nan, numpy.inf, offset_x)
-            offset_y = numpy.where(self.nan, numpy.inf, offset_y)
-        grid_y = oy * geometry.sy - geometry.ph + i * geometry.dy
-        grid_x = ox * geometry.sx - geometry.pw + j * geometry.dx
-        rows = _axis(grid_y, offset_y, h)
-        cols = _axis(grid_x, offset_x, self.w)
-        self.row_weights = [weight for _, weight, _ in rows]
-        self.col_weights = [weight for _, weight, _ in cols]
-        self.factor = numpy.ones_like(self.row_weights[0])
-        if mask is not None:
-            self.factor = self._of_mask(mask)
+        self.factor = numpy.ones_like(offset_x) if mask is None else self._of_mask(mask)
 
-        # Of the images of a piece, only the rows that are touched are sampled.
+        # A pixel is a row of the images, after the row of zeros. That is where all
+        # corners outside are.
+        index_dtype = numpy.int32 if self.images * h * self.w < 2**31 else numpy.int64
+        self.pixels = numpy.empty((4, *offset_x.shape), index_dtype)
+        self.row_weights = numpy.empty((2, *offset_x.shape), dtype)
+        self.col_weights = numpy.empty((2, *offset_x.shape), dtype)
+        first_row, last_row = primitives().locate(
+            (grid_y, grid_x),
+            (offset_y, offset_x),
+            (h, self.w),
+            self.pixels,
+            self.row_weights,
+            self.col_weights,
+        )
+        # Of one image, only the rows that are touched are sampled.
         self.rows = slice(0, h)
         if self.positions < out_h * out_w:
-            touched = numpy.concatenate([index[inside] for index, _, inside in rows])
-            if touched.size:
-                self.rows = slice(int(touched.min()), int(touched.max()) + 1)
-            else:
-                self.rows = slice(0, 0)
-        row_count = self.rows.stop - self.rows.start
-        self.zeros = self.images * row_count * self.w
-        index_dtype = numpy.int32 if self.zeros < 2**30 else numpy.int64
-        first = numpy.arange(self.images)[:, None, None, None] * row_count
-        first = (first - self.rows.start).astype(index_dtype)
-        row_pixels = [
-            numpy.where(inside, (index + first) * self.w, self.zeros)
-            for index, _, inside in rows
-        ]
-        col_pixels = [
-            numpy.where(inside, index, self.zeros) for index, _, inside in cols
-        ]
-        self.pixels = numpy.empty((4, *offset_x.shape), index_dtype)
-        for corner, (row, col) in enumerate(itertools.product(row_pixels, col_pixels)):
-            numpy.minimum(row + col, self.zeros, out=self.pixels[corner])
+            self.rows = slice(first_row, last_row + 1)
+            self.pixels -= first_row * self.w
+            numpy.maximum(self.pixels, 0, out=self.pixels)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Cuts the piece into slices of its images and of its positions."""
@@ -283,10 +271,11 @@ class _Taps:
         return array[images, :, positions]
 
     def image(self, x):
-        """The rows that the piece samples (pixels + 1, og, c / og), and one of zeros."""
+        """The rows that the piece samples, after one of zeros: (pixels, og, c / og)."""
         og = self.geometry.offset_groups
-        image = numpy.empty((self.zeros + 1, og, self.c // og), self.dtype)
-        image[-1] = 0
+        pixels = 1 + self.images * (self.rows.stop - self.rows.start) * self.w
+        image = numpy.empty((pixels, og, self.c // og), self.dtype)
+        image[0] = 0
         self._pixel_view(image)[...] = x[self.piece[0], :, self.rows]
         return image
 
@@ -320,7 +309,7 @@ class _Taps:
         return numpy.zeros(self.pixels.shape, self.dtype)
 
     def dot(self, image, tile, gcolumns, dots) -> None:
-        """Adds the dot products of columns' gradients with the corners of their taps."""
+        """Adds the dot products of columns' gradients with their taps' corners."""
         primitives().dot(image, self.pixels, tile, gcolumns, dots)
 
     def slopes(self, dots):
@@ -350,7 +339,7 @@ class _Taps:
         ):
             slope = row_slope * col * dy + row * col_slope * dx
             weights[corner] = dmask * row * col + self.factor * slope
-        weights[self.pixels == self.zeros] = 0
+        weights[self.pixels == 0] = 0
         return _Weights(weights, numpy.ones_like(self.factor))
 
     def slope_rates(self, dots, ddots, rates):
@@ -413,8 +402,8 @@ class _Taps:
         )
 
     def _pixel_view(self, image):
-        """(pixels + 1, og, c / og) -> (m, c, rows, w)."""
-        return image[:-1].reshape(self.images, -1, self.w, self.c).transpose(0, 3, 1, 2)
+        """(pixels, og, c / og) -> (m, c, rows, w)."""
+        return image[1:].reshape(self.images, -1, self.w, self.c).transpose(0, 3, 1, 2)
 
 
 class _Weights(NamedTuple):
@@ -588,7 +577,8 @@ class _Gradients:
     def __init__(self, wanted, x, offset, mask, filters: _Filters) -> None:
         self.filters = filters
         self.gx = numpy.zeros(x.shape, filters.dtype) if 'x' in wanted else None
-        self.gfilters = filters.zeros() if 'W' in wanted else None
+        self.gfilters = None
+        self.wanted = wanted
         self.of_taps = {
             name: numpy.empty(array.shape, array.dtype)
             for name, array in (('offset', offset), ('mask', mask))
@@ -598,14 +588,16 @@ class _Gradients:
     def new_sums(self, image):
         """What a piece adds up: the gradients of its image and of the filter."""
         return (
-            None if self.gx is None else numpy.zeros_like(image),
-            None if self.gfilters is None else self.filters.zeros(),
+            numpy.zeros_like(image) if 'x' in self.wanted else None,
+            self.filters.zeros() if 'W' in self.wanted else None,
         )
 
     def add(self, taps: _Taps, gimage, gfilters) -> None:
-        if self.gx is not None:
+        if gimage is not None:
             taps.add_image(gimage, self.gx)
-        if self.gfilters is not None:
+        if self.gfilters is None:
+            self.gfilters = gfilters
+        elif gfilters is not None:
             self.gfilters += gfilters
 
     def set_of_taps(self, taps: _Taps, along_y, along_x, value) -> None:
@@ -621,8 +613,10 @@ class _Gradients:
         result = dict(self.of_taps)
         if self.gx is not None:
             result['x'] = self.gx.astype(x.dtype, copy=False)
-        if self.gfilters is not None:
-            result['W'] = self.filters.gradient(self.gfilters, W)
+        if 'W' in self.wanted:
+            empty = self.gfilters is None  # as the batch is
+            gfilters = self.filters.zeros() if empty else self.gfilters
+            result['W'] = self.filters.gradient(gfilters, W)
         return result
 
 
@@ -639,33 +633,6 @@ class _Scratch:
         if array is None or array.size < size:
             array = self.arrays[name] = numpy.empty(size, self.dtype)
         return array[:size].reshape(shape)
-
-
-def _axis(grid, offset, size: int):
-    """The bilinear rule along one axis, for the points ``grid + offset``.
-
-    Returns for the pixel before and the pixel after each point its index, its weight
-    and whether it takes part: both the pixel and the point are inside, which for a
-    point means the open interval (-1, size). The weight of the others is 0.
-    """
-    # Floor and fraction of the offset alone: no bits are lost far from the origin.
-    # Clipped before it becomes an integer, to where every point is outside.
-    limit = size + 1 + int(numpy.abs(grid).max())
-    if not -limit <= offset.min() <= offset.max() <= limit:
-        offset = numpy.clip(offset, -limit, limit)
-    floor = numpy.floor(offset)
-    after = offset - floor
-    index = floor.astype(numpy.int32 if limit < 2**29 else numpy.int64)
-    index += grid.astype(index.dtype)
-    index -= (index == -1) & (after == 0)  # a point at -1 is outside
-    before = 1 - after
-    inside, inside_after = (
-        (index >= 0) & (index < size),
-        (index >= -1) & (index < size - 1),
-    )
-    before *= inside
-    after *= inside_after
-    return (index, before, inside), (index + 1, after, inside_after)
 
 
 def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:

@@ -14,6 +14,8 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from chainer_deform.sampling import bilinear
+
 #: Bytes that the columns of a tile may take: they stay in the cache of a core.
 TILE_BYTES = 1 << 20
 
@@ -40,6 +42,21 @@ def thread_count() -> int:
 def lanes(dtype) -> int:
     """What the rows of a matrix are padded to a multiple of: numbers of a vector."""
     return _VECTOR_BYTES // dtype.itemsize
+
+
+def locate(grids, offsets, sizes, pixels, row_weights, col_weights) -> tuple[int, int]:
+    """Finds the corners of the points ``grids + offsets``, each of rows and of columns.
+
+    Returns the first and the last row that a point touches; (0, -1) if none does.
+    """
+    limits = (
+        offset.dtype.type(bilinear.point_limit(grid, size))
+        for grid, offset, size in zip(grids, offsets, sizes)
+    )
+    first, last = _locate(
+        *grids, *offsets, *sizes, *limits, pixels, row_weights, col_weights
+    )
+    return (first, last) if last >= first else (0, -1)
 
 
 def gather(image, pixels, weights, scale, tile, columns, add) -> None:
@@ -85,6 +102,41 @@ def _jit(*fastmath):
             return numba.njit(**options)(function)
 
     return decorate
+
+
+_axis = _jit()(bilinear.axis)
+
+
+@_jit()
+def _locate(
+    grid_y, grid_x, offset_y, offset_x, h, w, limit_y, limit_x,
+    pixels, row_weights, col_weights,
+):  # fmt: skip
+    images, groups, taps, positions = offset_y.shape
+    first, last = h, -1
+    for i in range(images):
+        for o in range(groups):
+            for k in range(taps):
+                for p in range(positions):
+                    y, below, top, low = _axis(
+                        grid_y[k, p], offset_y[i, o, k, p], h, limit_y
+                    )
+                    x, right_of, left, right = _axis(
+                        grid_x[k, p], offset_x[i, o, k, p], w, limit_x
+                    )
+                    row_weights[0, i, o, k, p] = 1 - below if top else 0
+                    row_weights[1, i, o, k, p] = below if low else 0
+                    col_weights[0, i, o, k, p] = 1 - right_of if left else 0
+                    col_weights[1, i, o, k, p] = right_of if right else 0
+                    pixel = 1 + (i * h + y) * w + x
+                    pixels[0, i, o, k, p] = pixel if top and left else 0
+                    pixels[1, i, o, k, p] = pixel + 1 if top and right else 0
+                    pixels[2, i, o, k, p] = pixel + w if low and left else 0
+                    pixels[3, i, o, k, p] = pixel + w + 1 if low and right else 0
+                    if top or low:
+                        first = min(first, y if top else y + 1)
+                        last = max(last, y + 1 if low else y)
+    return first, last
 
 
 @_jit('contract')
@@ -139,7 +191,6 @@ def _scatter(gimage, pixels, weights, scale, i0, i1, p0, p1, gcolumns):
 
 @_jit('contract', 'reassoc')
 def _dot(image, pixels, i0, i1, p0, p1, gcolumns, dots):
-    zeros = image.shape[0] - 1
     _, og, channels = image.shape
     row = 0
     for i in range(i0, i1):
@@ -156,10 +207,10 @@ def _dot(image, pixels, i0, i1, p0, p1, gcolumns, dots):
                         tr_dot += g * image[tr, o, c]
                         bl_dot += g * image[bl, o, c]
                         br_dot += g * image[br, o, c]
-                    dots[0, i, o, k, p] += tl_dot if tl != zeros else 0
-                    dots[1, i, o, k, p] += tr_dot if tr != zeros else 0
-                    dots[2, i, o, k, p] += bl_dot if bl != zeros else 0
-                    dots[3, i, o, k, p] += br_dot if br != zeros else 0
+                    dots[0, i, o, k, p] += tl_dot if tl else 0
+                    dots[1, i, o, k, p] += tr_dot if tr else 0
+                    dots[2, i, o, k, p] += bl_dot if bl else 0
+                    dots[3, i, o, k, p] += br_dot if br else 0
             row += 1
 
 

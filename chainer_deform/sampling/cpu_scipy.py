@@ -7,8 +7,12 @@ a column one pixel of the image. Its transpose scatters.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy
 from scipy import sparse
+
+from chainer_deform.sampling.bilinear import axis, point_limit
 
 #: Bytes that the columns of a tile may take. A sparse matrix is costly to set up.
 TILE_BYTES = 8 << 20
@@ -22,6 +26,31 @@ def thread_count() -> int:
 def lanes(dtype) -> int:
     """What the rows of a matrix are padded to a multiple of."""
     return 1
+
+
+def locate(grids, offsets, sizes, pixels, row_weights, col_weights) -> tuple[int, int]:
+    """Finds the corners of the points ``grids + offsets``, each of rows and of columns.
+
+    Returns the first and the last row that a point touches; (0, -1) if none does.
+    """
+    corners = []
+    for grid, offset, size, weights in zip(
+        grids, offsets, sizes, (row_weights, col_weights)
+    ):
+        limit = offset.dtype.type(point_limit(grid, size))
+        index, after, before_inside, after_inside = axis(grid, offset, size, limit)
+        weights[0] = numpy.where(before_inside, 1 - after, 0)
+        weights[1] = numpy.where(after_inside, after, 0)
+        corners.append(((index, before_inside), (index + 1, after_inside)))
+    h, w = sizes
+    first = numpy.arange(pixels.shape[1])[:, None, None, None] * h
+    for corner, ((row, row_inside), (col, col_inside)) in enumerate(
+        itertools.product(*corners)
+    ):
+        inside = row_inside & col_inside
+        pixels[corner] = numpy.where(inside, 1 + (first + row) * w + col, 0)
+    touched = numpy.concatenate([row[inside] for row, inside in corners[0]])
+    return (int(touched.min()), int(touched.max())) if touched.size else (0, -1)
 
 
 def gather(image, pixels, weights, scale, tile, columns, add) -> None:
@@ -51,7 +80,7 @@ def dot(image, pixels, tile, gcolumns, dots) -> None:
     for corner in range(4):
         rows = _pixel_index(image, pixels[corner], tile)
         products = numpy.einsum('rc,rc->r', gcolumns, _pixel_rows(image)[rows])
-        products[_by_tap(pixels[corner], tile) == len(image) - 1] = 0
+        products[_by_tap(pixels[corner], tile) == 0] = 0
         view = dots[corner, images, :, :, positions].transpose(0, 3, 2, 1)
         view += products.reshape(view.shape)
 

@@ -10,7 +10,7 @@ kernels; the sizes of batch and images are not.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import chainer
 import numpy
@@ -34,16 +34,15 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
     dtype, real = _dtypes(x, offset, W, mask, b)
     image = _swap(x, dtype)
     filters = _filters(geometry, W, dtype)
-    groups, group_out = filters.shape[:2]
-    n, (out_h, out_w) = len(x), offset.shape[2:]
-    y = cupy.empty((n, groups, group_out, out_h * out_w), dtype)
+    y = cupy.empty((len(x), len(W), *offset.shape[2:]), dtype)
+    y_view = _position_view(geometry, y)
     if b is not None:
-        y[...] = b.astype(dtype).reshape(groups, group_out, 1)
+        y_view[...] = b.astype(dtype).reshape(*y_view.shape[1:3], 1)
 
     for taps in _pieces(geometry, x.shape, offset, mask, dtype, real):
-        view = y[taps.piece[0], :, :, taps.piece[1]]
+        view = y_view[taps.piece[0], :, :, taps.piece[1]]
         _convolve(filters, taps.sample(image), view, add=b is not None)
-    return y.reshape(n, len(W), out_h, out_w).astype(x.dtype, copy=False)
+    return y.astype(x.dtype, copy=False)
 
 
 def backward(
@@ -60,43 +59,22 @@ def backward(
     dtype, real = _dtypes(x, offset, W, mask, gy)
     image = _swap(x, dtype)
     filters = _filters(geometry, W, dtype)
-    groups, group_out = filters.shape[:2]
-    n, c, h, w = x.shape
-    gy = gy.reshape(n, groups, group_out, gy.shape[2] * gy.shape[3])
+    gy_view = _position_view(geometry, gy)
 
     wanted = set(wanted)
-    gradients = {}
-    for name, array in ('offset', offset), ('mask', mask):
-        if name in wanted:
-            gradients[name] = cupy.empty(array.shape, array.dtype)
-    gimage = cupy.zeros((n, h * w, c), real) if 'x' in wanted else None
+    outputs = _outputs(wanted, x, offset, mask, real)
     gfilters = cupy.zeros(filters.shape, _wide(dtype)) if 'W' in wanted else None
 
     pieces = _pieces(geometry, x.shape, offset, mask, dtype, real)
     for taps in pieces if wanted - {'b'} else ():
-        # (G, oCg, m * p) from (m, G, oCg, p)
-        gy_piece = gy[taps.piece[0], :, :, taps.piece[1]].transpose(1, 2, 0, 3)
-        gy_piece = cupy.ascontiguousarray(gy_piece, dtype).reshape(
-            groups, group_out, -1
-        )
+        gy_piece = _gy_piece(gy_view, taps.piece, dtype)
         if wanted <= {'W', 'b'}:
             columns = taps.sample(image)
         else:
-            # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
-            gcolumns = taps.new_columns(_wide(dtype))
-            _matmul(gy_piece.transpose(0, 2, 1), filters, gcolumns)
-            columns = None
-            if 'W' in wanted:
-                # Where the dtype is the same, they take the place of their gradient.
-                in_place = gcolumns.dtype == dtype
-                columns = gcolumns if in_place else taps.new_columns(dtype)
+            gcolumns = taps.gcolumns(gy_piece, filters)
+            columns = taps.columns_for(gcolumns) if 'W' in wanted else None
             taps.differentiate(
-                image,
-                gcolumns,
-                columns,
-                gimage,
-                gradients.get('offset'),
-                gradients.get('mask'),
+                {'image': image, 'gcolumns': gcolumns}, {'columns': columns, **outputs}
             )
             del gcolumns
         if 'W' in wanted:
@@ -104,14 +82,86 @@ def backward(
             _matmul(gy_piece, columns, gfilters, add=True)
         columns = None  # before the next piece takes its memory
 
-    if 'x' in wanted:
-        gradients['x'] = _swap(gimage, x.dtype).reshape(x.shape)
-    if 'W' in wanted:
-        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
-        gW = gfilters.reshape(groups, group_out, geometry.taps, -1).swapaxes(2, 3)
-        gradients['W'] = cupy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
+    gradients = _gradients(geometry, outputs, gfilters, x, W)
     if 'b' in wanted:
-        gradients['b'] = gy.sum((0, 3), real).reshape(-1).astype(b.dtype)
+        gradients['b'] = gy_view.sum((0, 3), real).reshape(-1).astype(b.dtype)
+    return gradients
+
+
+def double_backward(
+    geometry: Geometry,
+    wanted: Collection[str],
+    gg: Mapping,
+    gy,
+    x,
+    offset,
+    W,
+    mask=None,
+    b=None,
+) -> dict:
+    """Returns the gradients of the sum of ``gg[name] * backward(...)[name]``.
+
+    They are those of the arguments named in ``wanted``, which may be ``gy``, but not
+    ``b``: the sum does not depend on it. ``gg`` has arrays with the shape and dtype of
+    arguments, by name; those that it lacks count as 0.
+    """
+    dtype, real = _dtypes(x, offset, W, mask, gy, gg.get('b'))
+    filters = _filters(geometry, W, dtype)
+    ggfilters = _filters(geometry, gg['W'], dtype) if 'W' in gg else None
+    columns_move = not gg.keys() <= {'W', 'b'}
+    # The columns are linear in the image: its gradient is 0 where nothing else moves,
+    # and nothing else depends on it.
+    linear = gg.keys() <= {'x', 'b'}
+    inputs = {
+        'image': None if linear else _swap(x, dtype),
+        'ggimage': _swap(gg['x'], dtype) if 'x' in gg else None,
+        'ggoffset': gg.get('offset'),
+        'ggmask': gg.get('mask'),
+    }
+    gy_view = _position_view(geometry, gy)
+
+    wanted = set(wanted)
+    outputs = _outputs(wanted - {'x'} if linear else wanted, x, offset, mask, real)
+    gfilters = cupy.zeros(filters.shape, _wide(dtype)) if 'W' in wanted else None
+    if 'gy' in wanted:
+        ggy = cupy.zeros(gy.shape, _wide(dtype))
+        ggy_view = _position_view(geometry, ggy)
+        if 'b' in gg:
+            ggy_view[...] = gg['b'].reshape(*ggy_view.shape[1:3], 1)
+
+    copies = columns_move + ('W' in gg)
+    pieces = _pieces(geometry, x.shape, offset, mask, dtype, real, copies)
+    for taps in pieces if copies else ():
+        gy_piece = _gy_piece(gy_view, taps.piece, dtype)
+        gcolumns = gcolumns_dot = columns = columns_dot = None
+        if outputs and 'W' in gg:
+            gcolumns = taps.gcolumns(gy_piece, ggfilters)
+        if outputs and columns_move:
+            gcolumns_dot = taps.gcolumns(gy_piece, filters)
+        if 'gy' in wanted and 'W' in gg:
+            columns = taps.columns_for(gcolumns)
+        if wanted & {'gy', 'W'} and columns_move:
+            columns_dot = taps.columns_for(gcolumns_dot)
+        taps.differentiate(
+            {**inputs, 'gcolumns': gcolumns, 'gcolumns_dot': gcolumns_dot},
+            {**outputs, 'columns': columns, 'columns_dot': columns_dot},
+        )
+        del gcolumns, gcolumns_dot
+        if 'W' in wanted and columns_move:
+            _matmul(gy_piece, columns_dot, gfilters, add=True)
+        if 'gy' in wanted:
+            view = ggy_view[taps.piece[0], :, :, taps.piece[1]]
+            if columns_move:
+                _convolve(filters, columns_dot, view, add=True)
+            if 'W' in gg:
+                _convolve(ggfilters, columns, view, add=True)
+        columns = columns_dot = None
+
+    gradients = _gradients(geometry, outputs, gfilters, x, W)
+    if 'gy' in wanted:
+        gradients['gy'] = ggy.astype(gy.dtype, copy=False)
+    if 'x' in wanted and linear:
+        gradients['x'] = cupy.zeros(x.shape, x.dtype)
     return gradients
 
 
@@ -154,38 +204,42 @@ class _Taps:
         """The columns: the modulated values of the image at the points."""
         columns = self.new_columns(self.dtype)
         self._launch(
-            'sample', self.taps * self.lanes, {'T image': image}, {'T columns': columns}
+            'sample', self.taps * self.lanes, {'image': image}, {'columns': columns}
         )
         return columns
 
-    def differentiate(self, image, gcolumns, columns, gimage, goffset, gmask) -> None:
+    def gcolumns(self, gy_piece, filters):
+        """The gradient of the columns that ``filters`` are applied to."""
+        gcolumns = self.new_columns(_wide(self.dtype))
+        # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
+        _matmul(gy_piece.transpose(0, 2, 1), filters, gcolumns)
+        return gcolumns
+
+    def columns_for(self, gcolumns):
+        """Memory for columns: where the dtype is the same, that of their gradient."""
+        if gcolumns is not None and gcolumns.dtype == self.dtype:
+            return gcolumns
+        return self.new_columns(self.dtype)
+
+    def differentiate(self, inputs: dict, outputs: dict) -> None:
         """What the columns' gradients make of the other gradients.
 
-        Adds to ``gimage``, and writes ``goffset``, ``gmask`` and the ``columns``
+        Adds to ``gimage``, and writes the other outputs, among them the columns
         themselves; what is None is left out.
         """
-        if gimage is not None:
+        inputs, outputs = (
+            {name: array for name, array in arrays.items() if array is not None}
+            for arrays in (inputs, outputs)
+        )
+        if 'gimage' in outputs:
             if chainer.config.cudnn_deterministic:
-                self._gather(gcolumns, gimage)
-                gimage = None
+                self._gather(inputs, outputs.pop('gimage'))
             else:
                 chainer.utils.nondeterministic('atomicAdd')
-        outputs = {
-            'T columns': columns,
-            'R gimage': gimage,
-            'O goffset': goffset,
-            'M gmask': gmask,
-        }
-        outputs = {name: out for name, out in outputs.items() if out is not None}
         if outputs:
-            self._launch(
-                'differentiate',
-                self.taps * self.lanes,
-                {'T image': image, 'G gcolumns': gcolumns},
-                outputs,
-            )
+            self._launch('differentiate', self.taps * self.lanes, inputs, outputs)
 
-    def _gather(self, gcolumns, gimage) -> None:
+    def _gather(self, inputs: dict, gimage) -> None:
         """Adds to ``gimage`` in an order that is the same in every run.
 
         The taps are sorted by the cell of the pixel grid that their point lies in; each
@@ -193,7 +247,7 @@ class _Taps:
         """
         cells = self.images * self.geometry.offset_groups * (self.h + 1) * (self.w + 1)
         keys = cupy.empty(self.taps, numpy.int64)
-        self._launch('sort_key', self.taps, {}, {'int64 keys': keys})
+        self._launch('sort_key', self.taps, {}, {'keys': keys})
         keys = cupy.sort(keys)
         starts = cupy.searchsorted(
             keys, cupy.arange(cells + 1, dtype=numpy.int64) * self.taps
@@ -201,16 +255,16 @@ class _Taps:
         self._launch(
             'gather',
             self.images * self.h * self.w * (self.c // self.vector),
-            {'G gcolumns': gcolumns, 'int64 keys': keys, 'int64 starts': starts},
-            {'R gimage': gimage},
+            {**inputs, 'keys': keys, 'starts': starts},
+            {'gimage': gimage},
         )
 
     def _launch(self, name, size, inputs, outputs) -> None:
-        """Runs a kernel over arrays, by type and name, and what every kernel takes."""
+        """Runs a kernel over arrays, by name, and what every kernel takes."""
         geometry = self.geometry
-        inputs = {**inputs, 'O offset': self.offset}
+        inputs = {**inputs, 'offset': self.offset}
         if self.mask is not None:
-            inputs['M mask'] = self.mask
+            inputs['mask'] = self.mask
         constants = {
             'VEC': self.vector,
             'LANES': self.lanes,
@@ -243,8 +297,13 @@ class _Taps:
         )
 
 
-def _pieces(geometry: Geometry, x_shape, offset, mask, dtype, real) -> Iterator[_Taps]:
-    """The work cut into pieces; few, as only memory and 32-bit indices ask for them."""
+def _pieces(
+    geometry: Geometry, x_shape, offset, mask, dtype, real, copies: int = 1
+) -> Iterator[_Taps]:
+    """The work cut into pieces; few, as only memory and 32-bit indices ask for them.
+
+    ``copies`` says how many columns there are at a time.
+    """
     offset = cupy.ascontiguousarray(offset)
     if mask is not None:
         mask = cupy.ascontiguousarray(mask)
@@ -258,6 +317,7 @@ def _pieces(geometry: Geometry, x_shape, offset, mask, dtype, real) -> Iterator[
     columns = geometry.taps * x_shape[1]
     wide = _wide(dtype).itemsize
     column_bytes = columns * (wide if wide == dtype.itemsize else wide + dtype.itemsize)
+    column_bytes *= copies
     key_bytes = geometry.taps * geometry.offset_groups * 3 * 8
     count = min(COLUMN_BYTES // max(column_bytes, key_bytes), (2**31 - 1) // columns)
     for piece in geometry.pieces(x_shape[0], positions, count):
@@ -288,6 +348,47 @@ def _filters(geometry: Geometry, W, dtype):
     groups, K = geometry.groups, geometry.taps
     filters = W.reshape(groups, -1, W.shape[1], K).swapaxes(2, 3)
     return cupy.ascontiguousarray(filters, dtype).reshape(groups, -1, K * W.shape[1])
+
+
+def _position_view(geometry: Geometry, y):
+    """(n, out_c, out_h, out_w) -> (n, G, oCg, P)."""
+    n, out_c, out_h, out_w = y.shape
+    return y.reshape(n, geometry.groups, out_c // geometry.groups, out_h * out_w)
+
+
+def _gy_piece(gy_view, piece, dtype):
+    """(n, G, oCg, P) -> (G, oCg, m * p)."""
+    # (G, oCg, m, p) from (m, G, oCg, p)
+    gy_piece = gy_view[piece[0], :, :, piece[1]].transpose(1, 2, 0, 3)
+    return cupy.ascontiguousarray(gy_piece, dtype).reshape(*gy_piece.shape[:2], -1)
+
+
+def _outputs(wanted: set[str], x, offset, mask, real) -> dict:
+    """The kernels' outputs, all 0 yet, from which :func:`_gradients` are made."""
+    outputs = {}
+    if 'x' in wanted:
+        n, c, h, w = x.shape
+        outputs['gimage'] = cupy.zeros((n, h * w, c), real)
+    for name, array in ('offset', offset), ('mask', mask):
+        if name in wanted:
+            outputs[f'g{name}'] = cupy.zeros(array.shape, array.dtype)
+    return outputs
+
+
+def _gradients(geometry: Geometry, outputs: dict, gfilters, x, W) -> dict:
+    """The gradients of the arguments, by name."""
+    gradients = {
+        name: outputs[f'g{name}']
+        for name in ('offset', 'mask')
+        if f'g{name}' in outputs
+    }
+    if 'gimage' in outputs:
+        gradients['x'] = _swap(outputs['gimage'], x.dtype).reshape(x.shape)
+    if gfilters is not None:
+        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
+        gW = gfilters.reshape(*gfilters.shape[:2], geometry.taps, -1).swapaxes(2, 3)
+        gradients['W'] = cupy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
+    return gradients
 
 
 def _swap(array, dtype):

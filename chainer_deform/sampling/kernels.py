@@ -3,6 +3,9 @@
 Names of types: ``T`` is that of image and columns, ``G`` that of the columns'
 gradient, ``O`` that of the offset, ``M`` that of the mask, ``Real`` (and ``R``) that of
 coordinates and sums.
+
+In the second order the arguments move along the arrays ``gg...``. What ends in ``_dot``
+is how fast something changes then, or the gradient of that.
 """
 
 from __future__ import annotations
@@ -10,6 +13,16 @@ from __future__ import annotations
 import functools
 
 from chainer.backends.cuda import cupy
+
+# The arrays of the kernels, with their types.
+_TYPES = {
+    **dict.fromkeys(('image', 'ggimage', 'columns', 'columns_dot'), 'T'),
+    **dict.fromkeys(('gcolumns', 'gcolumns_dot'), 'G'),
+    **dict.fromkeys(('offset', 'ggoffset', 'goffset'), 'O'),
+    **dict.fromkeys(('mask', 'ggmask', 'gmask'), 'M'),
+    **dict.fromkeys(('keys', 'starts'), 'int64'),
+    'gimage': 'R',
+}
 
 _REAL = """
 #if DOUBLE
@@ -46,9 +59,15 @@ __device__ inline Axis make_axis(long long grid, Real offset, long long size) {
     return axis;
 }
 
+// What is read at a point, and its slopes along y, along x and along both.
+struct Sample {
+    Real value, y, x, yx;
+};
+
 // The corners are in the order top left, top right, bottom left, bottom right.
 struct Point {
     Axis y, x;
+    Real nothing;  // is read at a point outside: 0, or NaN for a NaN offset
     __device__ inline bool inside(int corner) const {
         return y.inside[corner / 2] && x.inside[corner % 2];
     }
@@ -57,6 +76,21 @@ struct Point {
     }
     __device__ inline Real weight(int corner) const {
         return y.weight[corner / 2] * x.weight[corner % 2];
+    }
+    __device__ inline Real weight_dot(int corner, Real y_dot, Real x_dot) const {
+        return (corner / 2 ? y_dot : -y_dot) * x.weight[corner % 2]
+            + (corner % 2 ? x_dot : -x_dot) * y.weight[corner / 2];
+    }
+    __device__ inline Sample sample(
+            Real top_left, Real top_right, Real low_left, Real low_right) const {
+        const Real top = x.weight[0] * top_left + x.weight[1] * top_right;
+        const Real low = x.weight[0] * low_left + x.weight[1] * low_right;
+        const Real top_slope = top_right - top_left, low_slope = low_right - low_left;
+        return {
+            nothing + (y.weight[0] * top + y.weight[1] * low),
+            low - top,
+            y.weight[0] * top_slope + y.weight[1] * low_slope,
+            low_slope - top_slope};
     }
 };
 """
@@ -71,6 +105,26 @@ struct alignas(VEC * sizeof(V)) Vector {
 template <typename V>
 __device__ inline Vector<V> read(const V& first) {
     return *reinterpret_cast<const Vector<V>*>(&first);
+}
+
+// Channels of a pixel; one outside is 0 and not read.
+template <typename V, typename A>
+__device__ inline Vector<V> read_if(bool inside, const A& image, long long at) {
+    Vector<V> pixel;
+    if (inside) {
+        pixel = read(image[at]);
+    } else {
+        #pragma unroll
+        for (int e = 0; e < VEC; ++e) pixel.v[e] = V(0.0f);
+    }
+    return pixel;
+}
+
+template <typename V>
+__device__ inline Sample sample(const Point& point, const Vector<V>* corner, int e) {
+    return point.sample(
+        Real(corner[0].v[e]), Real(corner[1].v[e]),
+        Real(corner[2].v[e]), Real(corner[3].v[e]));
 }
 
 // Where a channel of a tap is in the columns (G, rows, K, iCg).
@@ -109,8 +163,9 @@ _TAP = """
     const long long at_x = (first_tap * 2 + k) * out_size + position;
     const long long at_y = at_x + K * out_size;
     const Real offset_x = Real(offset[at_x]), offset_y = Real(offset[at_y]);
-    const bool is_nan = isnan(offset_x) || isnan(offset_y);
     Point point;
+    point.nothing =
+        isnan(offset_x) || isnan(offset_y) ? offset_x + offset_y : Real(0);
     point.y = make_axis(
         position / out_w * (SY * 1LL) - PH + k / KW * (DY * 1LL), offset_y, h);
     point.x = make_axis(
@@ -123,8 +178,22 @@ _TAP = """
 #endif
 """
 
+# How fast the point and the mask move: where the point is outside, not at all.
+_TANGENTS = """
+    Real y_dot = 0, x_dot = 0, modulation_dot = 0;
+#if GGOFFSET
+    if (point.touches()) {
+        y_dot = Real(ggoffset[at_y]);
+        x_dot = Real(ggoffset[at_x]);
+    }
+#endif
+#if GGMASK
+    if (point.touches()) modulation_dot = Real(ggmask[at_mask]);
+#endif
+"""
+
 # The tap of a thread, and a loop over its lane's share of the channels. All corners are
-# read before one is used; those outside are 0 and not read.
+# read before one is used.
 _LANE = (
     """
     const int lane = i % LANES;
@@ -142,23 +211,43 @@ _CORNERS = """
         for (int q = 0; q < 4; ++q) {
             const long long y = image_index * h + point.y.before + q / 2;
             at_corner[q] = (y * w + point.x.before + q % 2) * C + channel;
-            if (point.inside(q)) {
-                corner[q] = read(image[at_corner[q]]);
-            } else {
-                #pragma unroll
-                for (int e = 0; e < VEC; ++e) corner[q].v[e] = T(0.0f);
-            }
+#if IMAGE
+            corner[q] = read_if<T>(point.inside(q), image, at_corner[q]);
+#endif
         }
-        Vector<T> column;
+"""
+
+# The columns' gradients, and what they pass to a corner's channels.
+_GCOLUMNS = """
+#if GCOLUMNS
+            const Vector<G> gcolumn = read(gcolumns[at_column]);
+#endif
+#if GCOLUMNS_DOT
+            const Vector<G> gcolumn_dot = read(gcolumns_dot[at_column]);
+#endif
+"""
+_PASS = """
+            #pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+#if GCOLUMNS
+                part[e] += modulation * point.weight(q) * Real(gcolumn.v[e]);
+#endif
+#if GCOLUMNS_DOT && (GGOFFSET || GGMASK)
+                const Real weight_dot = modulation * point.weight_dot(q, y_dot, x_dot)
+                    + modulation_dot * point.weight(q);
+                part[e] += weight_dot * Real(gcolumn_dot.v[e]);
+#endif
+            }
 """
 
 _SAMPLE = (
     _LANE
     + _CORNERS
     + """
+        Vector<T> column;
         #pragma unroll
         for (int e = 0; e < VEC; ++e) {
-            Real sample = is_nan ? offset_x + offset_y : Real(0);
+            Real sample = point.nothing;
             #pragma unroll
             for (int q = 0; q < 4; ++q)
                 sample += point.weight(q) * Real(corner[q].v[e]);
@@ -169,49 +258,82 @@ _SAMPLE = (
 """
 )
 
+# The derivatives of the sum of `gcolumns * columns + gcolumns_dot * columns_dot`, of
+# which the first order has only the former.
 _DIFFERENTIATE = (
     _LANE
+    + _TANGENTS
     + """
-    // The sums over the channels of the column's gradient times the sample and times
-    // its slopes along both axes.
-    Real sum = 0, sum_y = 0, sum_x = 0;
+    // The derivatives by the mask; by the coordinates, still to be multiplied by the
+    // mask; and by the coordinates, to be multiplied by how fast the mask moves.
+    Real sum = 0, sum_y = 0, sum_x = 0, mask_y = 0, mask_x = 0;
 """
     + _CORNERS
     + """
-        const Vector<G> gcolumn = read(gcolumns[at_column]);
-        Real gsample[VEC];
+#if GGIMAGE
+        Vector<T> ggcorner[4];
+        #pragma unroll
+        for (int q = 0; q < 4; ++q)
+            ggcorner[q] = read_if<T>(point.inside(q), ggimage, at_corner[q]);
+#endif
+"""
+    + _GCOLUMNS
+    + """
+        Vector<T> column, column_dot;
         #pragma unroll
         for (int e = 0; e < VEC; ++e) {
+#if IMAGE
+            const Sample s = sample(point, corner, e);
+            column.v[e] = T(modulation * s.value);
+#endif
+#if GCOLUMNS
             const Real g = Real(gcolumn.v[e]);
-            const Real top_left = Real(corner[0].v[e]);
-            const Real top_right = Real(corner[1].v[e]);
-            const Real low_left = Real(corner[2].v[e]);
-            const Real low_right = Real(corner[3].v[e]);
-            const Real top =
-                point.x.weight[0] * top_left + point.x.weight[1] * top_right;
-            const Real low =
-                point.x.weight[0] * low_left + point.x.weight[1] * low_right;
-            Real sample = is_nan ? offset_x + offset_y : Real(0);
-            sample += point.y.weight[0] * top + point.y.weight[1] * low;
-            sum += g * sample;
-            sum_y += g * (low - top);
-            sum_x += g * (point.y.weight[0] * (top_right - top_left)
-                          + point.y.weight[1] * (low_right - low_left));
-            column.v[e] = T(modulation * sample);
-            gsample[e] = modulation * g;
+            sum += g * s.value;
+            sum_y += g * s.y;
+            sum_x += g * s.x;
+#endif
+#if GGIMAGE
+            Sample s_dot = sample(point, ggcorner, e);
+#else
+            Sample s_dot = {point.nothing, 0, 0, 0};
+#endif
+#if GGOFFSET
+            s_dot.value += s.y * y_dot + s.x * x_dot;
+            s_dot.y += s.yx * x_dot;
+            s_dot.x += s.yx * y_dot;
+#endif
+#if GCOLUMNS_DOT
+            const Real g_dot = Real(gcolumn_dot.v[e]);
+            sum += g_dot * s_dot.value;
+            sum_y += g_dot * s_dot.y;
+            sum_x += g_dot * s_dot.x;
+    #if GGMASK
+            mask_y += g_dot * s.y;
+            mask_x += g_dot * s.x;
+    #endif
+#endif
+            Real value_dot = modulation * s_dot.value;
+#if GGMASK
+            value_dot += modulation_dot * s.value;
+#endif
+            column_dot.v[e] = T(value_dot);
         }
 #if GIMAGE
         #pragma unroll
         for (int q = 0; q < 4; ++q) {
             if (!point.inside(q)) continue;
-            Real part[VEC];
-            #pragma unroll
-            for (int e = 0; e < VEC; ++e) part[e] = point.weight(q) * gsample[e];
+            Real part[VEC] = {};
+"""
+    + _PASS
+    + """
             add(&gimage[at_corner[q]], part);
         }
 #endif
 #if COLUMNS
         *reinterpret_cast<Vector<T>*>(&columns[at_column]) = column;
+#endif
+#if COLUMNS_DOT
+        *reinterpret_cast<Vector<T>*>(&columns_dot[at_column]) = column_dot;
 #endif
     }
 
@@ -224,15 +346,21 @@ _DIFFERENTIATE = (
         sum += __shfl_xor_sync(lanes, sum, step);
         sum_y += __shfl_xor_sync(lanes, sum_y, step);
         sum_x += __shfl_xor_sync(lanes, sum_x, step);
+        #if GGMASK
+        mask_y += __shfl_xor_sync(lanes, mask_y, step);
+        mask_x += __shfl_xor_sync(lanes, mask_x, step);
+        #endif
     }
     #endif
     if (lane == 0) {
         // A point outside passes nothing, also to an infinite gradient.
-        if (!point.touches())
-            sum = sum_y = sum_x = is_nan ? offset_x + offset_y : Real(0);
+        if (!point.touches()) {
+            sum = sum_y = sum_x = point.nothing;
+            mask_y = mask_x = 0;
+        }
     #if GOFFSET
-        goffset[at_x] = O(modulation * sum_x);
-        goffset[at_y] = O(modulation * sum_y);
+        goffset[at_x] = O(modulation * sum_x + modulation_dot * mask_x);
+        goffset[at_y] = O(modulation * sum_y + modulation_dot * mask_y);
     #endif
     #if GMASK
         gmask[at_mask] = M(sum);
@@ -264,37 +392,40 @@ _GATHER = (
     """
     const int channel = i % (C / VEC) * VEC;
     const long long pixel = i / (C / VEC);
-    const long long part = pixel / w / h * OG + channel / (C / OG);
-    Real sum[VEC];
-    #pragma unroll
-    for (int e = 0; e < VEC; ++e) sum[e] = 0;
+    const long long image_part = pixel / w / h * OG + channel / (C / OG);
+    Real part[VEC] = {};
     #pragma unroll
     for (int q = 0; q < 4; ++q) {
-        const long long cell = (part * (h + 1) + pixel / w % h + 1 - q / 2) * (w + 1)
+        const long long cell =
+            (image_part * (h + 1) + pixel / w % h + 1 - q / 2) * (w + 1)
             + pixel % w + 1 - q % 2;
         for (long long s = starts[cell]; s < starts[cell + 1]; ++s) {
             const unsigned int tap = static_cast<unsigned int>(
                 keys[s] % (static_cast<long long>(rows) * K * OG));
 """
     + _TAP
+    + _TANGENTS
     + """
-            const Vector<G> gcolumn = read(gcolumns[column_at(channel, row, k, rows)]);
-            #pragma unroll
-            for (int e = 0; e < VEC; ++e)
-                sum[e] += point.weight(q) * (modulation * Real(gcolumn.v[e]));
+            const long long at_column = column_at(channel, row, k, rows);
+"""
+    + _GCOLUMNS
+    + _PASS
+    + """
         }
     }
     const long long first = (static_cast<long long>(first_image) * h * w + pixel) * C;
     #pragma unroll
-    for (int e = 0; e < VEC; ++e) gimage[first + channel + e] += sum[e];
+    for (int e = 0; e < VEC; ++e) gimage[first + channel + e] += part[e];
 """
 )
 
+_PREAMBLE = _REAL + _POINT + _VECTOR + _ADD
+
 _BODIES = {
-    'sample': (_POINT + _VECTOR, _SAMPLE),
-    'differentiate': (_POINT + _VECTOR + _ADD, _DIFFERENTIATE),
-    'sort_key': (_POINT, _SORT_KEY),
-    'gather': (_POINT + _VECTOR, _GATHER),
+    'sample': _SAMPLE,
+    'differentiate': _DIFFERENTIATE,
+    'sort_key': _SORT_KEY,
+    'gather': _GATHER,
 }
 
 # What every one of these takes besides its arrays: the piece, and the sizes.
@@ -315,25 +446,19 @@ def sampler_kernel(
 
     Args:
         name: ``sample``, ``differentiate``, ``sort_key`` or ``gather``.
-        inputs, outputs: The arrays, as ``'T image'``. Optional ones may be left out.
+        inputs, outputs: Names of arrays. Optional ones may be left out.
         constants: What does not change from batch to batch, by name.
 
     """
-    arrays = (*inputs, *outputs)
-    flags = {
-        flag: int(any(array.endswith(f' {flag.lower()}') for array in arrays))
-        for flag in ('MASK', 'COLUMNS', 'GIMAGE', 'GOFFSET', 'GMASK')
-    }
+    flags = {array.upper(): int(array in inputs + outputs) for array in _TYPES}
     defines = {**dict(constants), **flags}.items()
-    preamble, body = _BODIES[name]
     return cupy.ElementwiseKernel(
-        ', '.join([*(f'raw {array}' for array in inputs), _SCALARS]),
-        ', '.join(f'raw {array}' for array in outputs),
-        body,
+        ', '.join([*(f'raw {_TYPES[array]} {array}' for array in inputs), _SCALARS]),
+        ', '.join(f'raw {_TYPES[array]} {array}' for array in outputs),
+        _BODIES[name],
         f'chainer_deform_{name}',
         preamble=''.join(f'#define {flag} {value}\n' for flag, value in defines)
-        + _REAL
-        + preamble,
+        + _PREAMBLE,
     )
 
 

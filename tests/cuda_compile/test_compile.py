@@ -33,8 +33,10 @@ ARCHITECTURES = ('sm_70', 'sm_75', 'sm_80', 'sm_90')
 REGISTERS = {
     ('chainer_deform_sample', 'float32'): 48,
     ('chainer_deform_sample', 'float16'): 56,
-    ('chainer_deform_differentiate', 'float32'): 80,
-    ('chainer_deform_differentiate', 'float16'): 96,
+    ('chainer_deform_differentiate', 'float32'): 72,
+    ('chainer_deform_differentiate', 'float16'): 80,
+    ('chainer_deform_differentiate, second order', 'float32'): 96,
+    ('chainer_deform_differentiate, second order', 'float16'): 136,
 }
 
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's kinds of arguments
@@ -121,9 +123,12 @@ class CompiledKernel:
             program = compiler._NVRTCProgram(source, 'kernel.cu', method='cubin')
             program.compile((*compile_options(), f'-arch={architecture}'), log)
             self.compiled[source, architecture] = log.getvalue()
-            self.check(log.getvalue(), args[0].dtype.name, architecture)
+            name = self.kernel.name
+            if '_DOT 1' in source:
+                name += ', second order'
+            self.check(log.getvalue(), name, args[0].dtype.name, architecture)
 
-    def check(self, log, dtype, architecture):
+    def check(self, log, name, dtype, architecture):
         used = {
             what: sum(map(int, re.findall(rf'(\d+) {what}', log)))
             for what in (
@@ -133,12 +138,12 @@ class CompiledKernel:
                 'bytes smem',
             )
         }
-        print(self.kernel.name, dtype, architecture, used)
+        print(name, dtype, architecture, used)
         assert used['registers']
         assert not used['bytes spill stores']
         assert not used['bytes stack frame']
         assert not used['bytes smem']
-        assert used['registers'] <= REGISTERS.get((self.kernel.name, dtype), 255)
+        assert used['registers'] <= REGISTERS.get((name, dtype), 255)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +159,13 @@ def launch_everything(case, dtype, offset_dtype=None):
         for deterministic in False, True:
             with cuda.chainer.using_config('cudnn_deterministic', deterministic):
                 cuda.backward(case.geometry, set(wanted) & arrays.keys(), gy, **arrays)
+    wanted = {'gy', *arrays} - {'b'}
+    for moving in (arrays, {'x'}, {'W'}, {'offset', 'mask'}):
+        gg = {name: arrays[name] for name in set(moving) & arrays.keys()}
+        for deterministic in False, True:
+            with cuda.chainer.using_config('cudnn_deterministic', deterministic):
+                cuda.double_backward(case.geometry, wanted, gg, gy, **arrays)
+    cuda.double_backward(case.geometry, {'gy', 'W'}, arrays, gy, **arrays)
 
 
 def test_architectures():
@@ -198,11 +210,15 @@ def test_large_arrays_compile(monkeypatch):
 def test_vector_atomics():
     """The image gradient of float32 is added in one access of 16 bytes on sm_90."""
     launch_everything(Case(n=1, c=256, out_c=1), 'float32')
-    sources = [
-        source
-        for source, _ in CompiledKernel.compiled
-        if '#define GIMAGE 1' in source and '#define VEC 4' in source
-    ]
-    program = compiler._NVRTCProgram(sources[-1], 'kernel.cu')
-    ptx, _ = program.compile((*compile_options()[:-1], '-arch=compute_90'))
-    assert re.search(rb'(red|atom)\.global\.[a-z.]*v4\.f32', ptx)
+    for order in 0, 1:
+        sources = [
+            source
+            for source, _ in CompiledKernel.compiled
+            if 'chainer_deform_differentiate' in source
+            and '#define GIMAGE 1' in source
+            and '#define VEC 4' in source
+            and f'#define GCOLUMNS_DOT {order}' in source
+        ]
+        program = compiler._NVRTCProgram(sources[-1], 'kernel.cu')
+        ptx, _ = program.compile((*compile_options()[:-1], '-arch=compute_90'))
+        assert re.search(rb'(red|atom)\.global\.[a-z.]*v4\.f32', ptx)

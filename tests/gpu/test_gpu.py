@@ -25,9 +25,33 @@ def run(arrays, options, gy, device='@numpy'):
     y = deformable_convolution_2d_sampler(**variables, **options)
     y.grad = device.send(gy)
     y.backward()
-    gradients = {name: variable.grad for name, variable in variables.items()}
     assert {y.device, *(v.device for v in variables.values())} == {device}
-    return chainer.get_device('@numpy').send((y.array, gradients))
+    to_cpu = chainer.get_device('@numpy').send
+    return to_cpu(y.array), {name: to_cpu(v.grad) for name, v in variables.items()}
+
+
+def run_second_order(arrays, options, gy, device='@numpy'):
+    """The gradients, by name, of the sum of the gradients times random numbers."""
+    random = numpy.random.RandomState(2)
+    gg = [
+        random.uniform(-1, 1, array.shape).astype(array.dtype)
+        for array in arrays.values()
+    ]
+    device = chainer.get_device(device)
+    *gg, gy = (chainer.Variable(device.send(array)) for array in (*gg, gy))
+    variables = {
+        name: chainer.Variable(device.send(array)) for name, array in arrays.items()
+    }
+    y = deformable_convolution_2d_sampler(**variables, **options)
+    gradients = chainer.grad(
+        [y], list(variables.values()), [gy], enable_double_backprop=True
+    )
+    arguments = {'gy': gy, **variables}
+    arguments.pop('b', None)  # the gradients do not depend on it
+    second_order = chainer.grad(gradients, list(arguments.values()), gg)
+    assert {gradient.device for gradient in second_order} == {device}
+    to_cpu = chainer.get_device('@numpy').send
+    return {name: to_cpu(g.array) for name, g in zip(arguments, second_order)}
 
 
 def assert_same(case, dtype, offset_dtype=None, device='@cupy:0'):
@@ -40,6 +64,10 @@ def assert_same(case, dtype, offset_dtype=None, device='@cupy:0'):
     assert_close(y / scale, expected_y / scale, 'y', worst)
     for name, gradient in gradients.items():
         assert gradient.dtype == arrays[name].dtype, name
+        assert_close(gradient / scale, expected[name] / scale, name, worst)
+    expected = run_second_order(arrays, case.options, gy)
+    for name, gradient in run_second_order(arrays, case.options, gy, device).items():
+        assert gradient.dtype == expected[name].dtype, name
         assert_close(gradient / scale, expected[name] / scale, name, worst)
 
 
@@ -86,6 +114,10 @@ def test_hostile_offsets(value):
     assert_close(y, expected_y, 'y')
     for name, gradient in gradients.items():
         assert_close(gradient, expected[name], name)
+    expected = run_second_order(arrays, case.options, gy)
+    gradients = run_second_order(arrays, case.options, gy, '@cupy:0')
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name], name)
 
 
 @pytest.mark.parametrize('name', ['all', 'plain'])
@@ -93,16 +125,17 @@ def test_finite_differences(name):
     case = CASES[name]
     device = chainer.get_device('@cupy:0')
     arrays = {name: device.send(array) for name, array in case.arrays().items()}
-    gradient_check.check_backward(
-        lambda *args: deformable_convolution_2d_sampler(
+    tolerances = {'eps': 1e-4, 'rtol': 1e-6, 'atol': 1e-7}
+
+    def function(*args):
+        return deformable_convolution_2d_sampler(
             **dict(zip(arrays, args)), **case.options
-        ),
-        tuple(arrays.values()),
-        device.send(case.gy()),
-        eps=1e-4,
-        rtol=1e-6,
-        atol=1e-7,
-    )
+        )
+
+    x_data, gy = tuple(arrays.values()), device.send(case.gy())
+    gg = tuple(device.send(array) for array in case.arrays(seed=2).values())
+    gradient_check.check_backward(function, x_data, gy, **tolerances)
+    gradient_check.check_double_backward(function, x_data, gy, gg, **tolerances)
 
 
 def test_deterministic():
@@ -118,6 +151,13 @@ def test_deterministic():
         numpy.testing.assert_array_equal(y, runs[0][0])
         for name, gradient in gradients.items():
             numpy.testing.assert_array_equal(gradient, runs[0][1][name], name)
+    expected = run_second_order(arrays, case.options, gy)
+    with chainer.using_config('cudnn_deterministic', True):
+        runs = [run_second_order(arrays, case.options, gy, '@cupy:0') for _ in '123']
+    for gradients in runs:
+        assert_close(gradients['x'], expected['x'], 'x')
+        for name, gradient in gradients.items():
+            numpy.testing.assert_array_equal(gradient, runs[0][name], name)
 
 
 def test_layer_moves_and_trains():

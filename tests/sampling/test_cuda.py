@@ -29,7 +29,28 @@ def run(case, arrays, gy, wanted=None):
     return y, cuda.backward(case.geometry, wanted, gy, **arrays)
 
 
+@numpy.errstate(all='ignore')
+def run_second_order(case, arrays, gy, gg, wanted=None):
+    wanted = {'gy', *arrays} - {'b'} if wanted is None else wanted
+    return cuda.double_backward(case.geometry, wanted, gg, gy, **arrays)
+
+
+def tangents(arrays, moving=None):
+    """Along which all arguments move, or those named."""
+    random = numpy.random.RandomState(2)
+    gg = {
+        name: random.uniform(-1, 1, array.shape).astype(array.dtype)
+        for name, array in arrays.items()
+    }
+    return {name: gg[name] for name in (arrays if moving is None else moving)}
+
+
 def check(case, arrays, gy, dtype=None):
+    check_first_order(case, arrays, gy, dtype)
+    check_second_order(case, arrays, gy, dtype)
+
+
+def check_first_order(case, arrays, gy, dtype=None):
     y, gradients = run(case, arrays, gy)
     expected_y, expected = reference.deformable_convolution_2d_sampler(
         **arrays, **case.options, gy=gy
@@ -40,7 +61,19 @@ def check(case, arrays, gy, dtype=None):
     for name, gradient in gradients.items():
         assert gradient.dtype == arrays[name].dtype, name
         assert_close(gradient, expected[name], name, dtype)
-    return y, gradients
+
+
+def check_second_order(case, arrays, gy, dtype=None, moving=None, wanted=None):
+    gg = tangents(arrays, moving)
+    gradients = run_second_order(case, arrays, gy, gg, wanted)
+    expected = reference.deformable_convolution_2d_sampler_second_order(
+        **arrays, **case.options, gy=gy, gg=gg
+    )
+    arguments = {'gy': gy, **arrays}
+    assert gradients.keys() == set(wanted or arguments.keys() - {'b'})
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arguments[name].dtype, name
+        assert_close(gradient, expected[name], name, dtype)
 
 
 @pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16'])
@@ -74,6 +107,11 @@ def test_half_precision_overflows_in_the_result_only(few_positions, monkeypatch)
     gy[...] = 200
     _, gradients = run(case, arrays, gy)  # the columns' are 64 * 10 * 200 = 128,000
     assert not gradients['offset'][:, :, :-1, :-1].any()  # the image is constant
+    arrays['W'][...] = 350
+    gg = {name: arrays[name] for name in ('x', 'b')}
+    gradients = run_second_order(case, arrays, gy, gg, ('gy', 'offset'))
+    numpy.testing.assert_array_equal(gradients['gy'], y)
+    assert not gradients['offset'][:, :, :-1, :-1].any()
 
 
 def test_filter_of_another_dtype():
@@ -133,6 +171,10 @@ def test_atomics_are_announced():
         run(case, case.arrays(), case.gy(), ('offset', 'W', 'b'))
         with pytest.warns(UserWarning, match='atomicAdd'):
             run(case, case.arrays(), case.gy(), ('x',))
+        check_second_order(case, case.arrays(), case.gy(), moving=('x', 'b'))
+        check_second_order(case, case.arrays(), case.gy(), wanted=('gy', 'offset', 'W'))
+        with pytest.warns(UserWarning, match='atomicAdd'):
+            check_second_order(case, case.arrays(), case.gy(), wanted=('x',))
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
@@ -145,6 +187,41 @@ def test_only_the_gradients_asked_for(wanted, deterministic):
     assert gradients.keys() == set(wanted)
     for name, gradient in gradients.items():
         assert_close(gradient, expected[name], name)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('wanted', [None, ('gy',), ('x',), ('mask',), ('offset', 'W')])
+@pytest.mark.parametrize(
+    'moving',
+    [
+        (),
+        ('b',),
+        ('x',),
+        ('W',),
+        ('offset',),
+        ('mask',),
+        ('x', 'W', 'b'),
+        ('offset', 'mask'),
+    ],
+)
+def test_second_order_of_some(moving, wanted, deterministic):
+    case = CASES['all']
+    with chainer.using_config('cudnn_deterministic', deterministic):
+        check_second_order(case, case.arrays(), case.gy(), moving=moving, wanted=wanted)
+
+
+def test_second_order_along_the_image_does_not_read_the_image():
+    """It is what the first order makes of the other image, as of a gradient penalty."""
+    case = CASES['all']
+    arrays, gy = case.arrays(), case.gy()
+    gg = tangents(arrays, ('x',))
+    y, expected = run(case, {**arrays, **gg, 'b': 0 * arrays['b']}, gy)
+    arrays['x'][...] = numpy.nan
+    gradients = run_second_order(case, arrays, gy, gg)
+    assert not gradients['x'].any()
+    for name, array in {**expected, 'gy': y}.items():
+        if name not in ('x', 'b'):
+            assert_close(gradients[name], array, name)
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
@@ -163,7 +240,11 @@ def test_hostile_values(seed, dtype, deterministic):
         flat = arrays[name].reshape(-1)
         flat[random.randint(flat.size, size=2)] = values[seed % 3]
     with chainer.using_config('cudnn_deterministic', deterministic):
-        check(case, arrays, gy)
+        check_first_order(case, arrays, gy)
+        # Times an infinite mask, the oracle's sum over the channels is that of
+        # infinities of both signs.
+        arrays['mask'][numpy.isinf(arrays['mask'])] = 1
+        check_second_order(case, arrays, gy)
 
 
 def test_infinite_gradient_of_a_point_outside():
@@ -174,6 +255,18 @@ def test_infinite_gradient_of_a_point_outside():
     _, gradients = run(case, arrays, gy, ('offset', 'mask'))
     assert not gradients['offset'][0, :, 1, 1].any()
     assert not gradients['mask'][0, :, 1, 1].any()
+    gg = tangents(arrays)
+    wanted = 'x', 'offset', 'mask'
+    expected = run_second_order(case, arrays, case.gy(), gg, wanted)
+    for name in 'offset', 'mask':
+        gg[name][0, :, 1, 1] = numpy.nan
+    gradients = run_second_order(case, arrays, gy, gg, wanted)
+    for name, gradient in gradients.items():
+        numpy.testing.assert_array_equal(gradient, expected[name], name)
+    assert not gradients['offset'][0, :, 1, 1].any()
+    assert not gradients['mask'][0, :, 1, 1].any()
+    gradients = run_second_order(case, arrays, case.gy(), gg)
+    assert all(numpy.isfinite(gradient).all() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize('wanted', [None, ('W',), ('x',)])
@@ -194,14 +287,19 @@ def test_one_piece_at_a_time(few_positions, wanted, monkeypatch):
     monkeypatch.setattr(cuda._Taps, 'new_columns', record)
     for case in CASES['all'], CASES['depthwise'], Case(n=9, size=(3, 4)):
         for dtype in 'float32', 'float16':
-            run(case, case.arrays(dtype), case.gy(dtype), wanted)
-    assert len(made) > 20
+            arrays, gy = case.arrays(dtype), case.gy(dtype)
+            run(case, arrays, gy, wanted)
+            for moving in None, ('x',), ('W',):
+                run_second_order(case, arrays, gy, tangents(arrays, moving), wanted)
+    assert len(made) > 100
     assert max(alive) <= cuda.COLUMN_BYTES
 
 
 def test_memory_order_does_not_matter():
     case = CASES['all']
     y, gradients = run(case, case.arrays(), case.gy())
+    gg = tangents(case.arrays())
+    second_order = run_second_order(case, case.arrays(), case.gy(), gg)
     for change in (numpy.asfortranarray, lambda a: numpy.repeat(a, 2, -1)[..., ::2]):
         arrays = {name: change(array) for name, array in case.arrays().items()}
         for array in arrays.values():
@@ -209,6 +307,10 @@ def test_memory_order_does_not_matter():
         other_y, other = run(case, arrays, change(case.gy()))
         assert_close(other_y, y, 'y')
         for name, gradient in gradients.items():
+            assert_close(other[name], gradient, name)
+        other_gg = {name: change(array) for name, array in gg.items()}
+        other = run_second_order(case, arrays, change(case.gy()), other_gg)
+        for name, gradient in second_order.items():
             assert_close(other[name], gradient, name)
 
 
