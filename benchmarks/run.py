@@ -1,8 +1,9 @@
-"""Times deformable convolution against its peers, interleaved in one process.
+"""Times deformable convolution against its peers, and how it grows with its input.
 
-``python benchmarks/run.py`` compares on the CPU, by CPU time with one thread;
-``--device gpu`` on a GPU, by CUDA events. It prints a table, and writes the same as
-JSON and a picture into ``benchmarks/results/``.
+``python benchmarks/run.py`` compares on the CPU, each contestant in a process of its
+own; ``--growth`` takes growing images and batches; ``--device gpu`` compares on a GPU.
+Each prints a table, and writes the same as JSON and a picture into
+``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -15,422 +16,454 @@ for _name in 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS':
 import argparse
 import contextlib
 import datetime
+import importlib.util
+import itertools
 import json
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
-import time
-import tracemalloc
+import tempfile
+from typing import NamedTuple
 
-import chainer_deform  # first, as it repairs Chainer
-
-import chainer  # isort: skip
-import chainer.functions as F
 import numpy
-import scipy
+import reference
+import report as reporting
 
-# Name: n, c, out_c, h, w. The kernel is 3 x 3, stride and pad are 1.
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / 'results'
+
+
+class Case(NamedTuple):
+    """Stride is 1, and the padding keeps the image's size."""
+
+    n: int
+    c: int
+    out_c: int
+    size: int
+    k: int = 3
+    groups: int = 1
+    offset_groups: int = 1
+    mask: bool = False
+
+    @property
+    def options(self) -> dict:
+        return {'groups': self.groups, 'offset_groups': self.offset_groups}
+
+
 CASES = {
-    'cpu': {
-        'small images': (32, 16, 16, 14, 14),
-        'few channels': (4, 16, 16, 56, 56),
-        'middle': (2, 64, 64, 56, 56),
-        'many channels': (2, 256, 256, 28, 28),
-        'large image': (1, 64, 64, 100, 168),
-    },
-    'gpu': {
-        'A': (2, 256, 256, 56, 56),
-        'B': (8, 512, 512, 28, 28),
-        'C': (1, 256, 256, 200, 336),
-        'D': (16, 64, 64, 112, 112),
-    },
+    '1x64x64x56': Case(1, 64, 64, 56),
+    '2x256x256x28': Case(2, 256, 256, 28),
+    '8x16x32x32': Case(8, 16, 32, 32),
+    '1x512x512x14': Case(1, 512, 512, 14),
+    '1x256x256x100': Case(1, 256, 256, 100),
+    'modulated': Case(2, 64, 64, 56, offset_groups=4, mask=True),
+    'depthwise': Case(2, 128, 128, 56, groups=128),
 }
-TINY = (1, 8, 8, 8, 8)
-MODES = {'cpu': ('float32',), 'gpu': ('float32', 'tf32', 'float16')}
-PASSES = ('forward', 'forward + backward')
+QUICK_CASES = {'tiny': Case(1, 8, 8, 12)}
+# Name: whether gradients are computed, too.
+PASSES = {'forward': False, 'forward + backward': True}
+
 OURS = 'chainer_deform'
-RESULTS = pathlib.Path(__file__).parent / 'results'
+CONTESTANTS = (
+    OURS,
+    'chainer_deform, no Numba',
+    "Chainer's own",
+    'torchvision',
+    'onnxruntime',
+    'OpenVINO',
+    'F.convolution_2d',
+    'matrix product',
+)
+# Other operations, shown beside: they have nothing to agree with.
+EXEMPT = 'F.convolution_2d', 'matrix product'
+TOLERANCE = 1e-4
+
+NOTES = (
+    'Times are medians of runs taken in turn, each after one that is not counted. '
+    'peak_mib is by how much a run makes the resident memory of its process grow, with '
+    'its results and with what the contestant sets aside for all runs on the case; '
+    'beside_mib is without the results. error is the largest, relative to the largest '
+    'number expected. The matrix product is that of NumPy with its BLAS, on all columns '
+    'at once: a contestant with a matrix product of its own may be faster.'
+)
+
+# At 128 channels Chainer's overhead is a few per cent of the smallest case.
+CHANNELS = 128
+GROWTH = {
+    'images': [(1, size) for size in (14, 28, 56, 100, 200, 400)],
+    'batches': [(n, 28) for n in (1, 2, 4, 8, 16, 32, 64)],
+}
+QUICK_GROWTH = {'images': [(1, 7), (1, 14)], 'batches': [(1, 7), (2, 7)]}
 
 
 def main() -> None:
     args = parse_args()
-    device = Gpu() if args.device == 'gpu' else Cpu()
-    cases = {
-        name: shape
-        for name, shape in CASES[args.device].items()
-        if args.case in (None, name)
-    }
-    rows = []
-    for name, shape in cases.items():
-        for mode in MODES[args.device]:
-            for pass_ in PASSES:
-                row = {'case': name, 'shape': shape, 'mode': mode, 'pass': pass_}
-                row.update(measure(device, shape, mode, pass_, args.repeat))
-                rows.append(row)
-                print_row(row, header=len(rows) == 1)
-    report = {
-        'date': datetime.date.today().isoformat(),
-        **device.description(),
-        'versions': versions(),
-        'unit': 'ms, median',
-        'rows': rows,
-    }
     if args.device == 'gpu':
-        report['host_us'] = host_share(device)
-        print('host, us a call:', report['host_us'])
-    path = args.out / f'{report["date"]}-{args.device}'
-    write(report, path)
-    print(f'written: {path}.json, {path}.png')
+        import gpu
+
+        cases = {name: gpu.CASES[name] for name in args.case or gpu.CASES}
+        path = (args.out or RESULTS) / f'{datetime.date.today()}-gpu'
+        gpu.compare(cases, args.repeat, path)
+        return
+    with tempfile.TemporaryDirectory(prefix='chainer_deform_') as folder:
+        run = grow if args.growth else compare
+        report, figure = run(args, pathlib.Path(folder))
+    # What is not the whole is only kept where the user says so.
+    if args.out or not (args.quick or args.case):
+        name = f'{report["date"]}-cpu{"-growth" if args.growth else ""}'
+        reporting.save((args.out or RESULTS) / name, report, figure)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-    parser.add_argument('--case', help='only this one of the cases')
+    parser.add_argument('--growth', action='store_true', help='time and memory by size')
+    parser.add_argument('--case', nargs='+', help='only these cases')
     parser.add_argument('--repeat', type=int, default=9, help='runs of each contestant')
-    parser.add_argument('--out', type=pathlib.Path, default=RESULTS)
+    parser.add_argument('--threads', type=int, nargs='+', default=[1, 2])
+    parser.add_argument('--quick', action='store_true', help='a trial of a few seconds')
+    parser.add_argument('--out', type=pathlib.Path, help=f'default: {RESULTS}')
     args = parser.parse_args()
-    if args.case not in (None, *CASES[args.device]):
-        parser.error(f'--case is one of {", ".join(CASES[args.device])}')
-    if args.repeat < 1:
-        parser.error('--repeat must be at least 1')
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.device == 'gpu':
+        if args.growth or args.quick:
+            parser.error('--growth and --quick are of the CPU')
+        import gpu
+
+        known = gpu.CASES
+    else:
+        known = CASES
+    if args.case and not set(args.case) <= set(known):
+        parser.error(f'--case takes {", ".join(known)}')
+    if min(args.repeat, *args.threads) < 1:
+        parser.error('--repeat and --threads must be at least 1')
+    if args.quick:
+        args.threads, args.repeat = [1], 1
     return args
 
 
-def measure(device, shape, mode, pass_, repeat) -> dict:
-    """Medians of all contestants, taken in turn, and the most memory each one took."""
-    arrays = random_arrays(shape, 'float16' if mode == 'float16' else 'float32')
-    backward = pass_ == PASSES[1]
-    with device.mode(mode):
-        runs = {
-            name: make(arrays, backward) for name, make in device.contestants().items()
-        }
-        memory = {name: device.memory(run, name) for name, run in runs.items()}
-        times = {name: [] for name in runs}
-        for _ in range(repeat):
-            for name, run in runs.items():
-                times[name].append(device.time(run))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        return {
-            'ms': medians,
-            'ratio to ours': {
-                name: value / medians[OURS] for name, value in medians.items()
-            },
-            'peak_mib': memory,
-            'floor_ms': device.floor(shape, mode, backward),
-        }
+def compare(args, folder: pathlib.Path):
+    """All contestants on all cases: the report and its picture."""
+    cases = QUICK_CASES if args.quick else CASES
+    cases = {name: cases[name] for name in args.case or cases}
+    compilation = None
+    if not args.quick and importlib.util.find_spec('numba'):
+        compilation = compile_seconds(folder)
+        print(f'seconds that Numba adds to a first call: {compilation}')
+    with contextlib.ExitStack() as stack:
+        workers, probes, versions, missing = start(args.threads, folder, stack)
+        rows = []
+        for name, case in cases.items():
+            arrays = random_arrays(case)
+            numpy.savez(folder / 'arrays.npz', **arrays)
+            expected = reference.deformable_convolution(**arrays, **case.options)
+            for pass_, backward in PASSES.items():
+                new = []
+                for (contestant, threads), worker in workers.items():
+                    row = {'case': name, 'pass': pass_}
+                    row.update(contestant=contestant, threads=threads)
+                    wanted = expected if backward else {'y': expected['y']}
+                    if contestant in EXEMPT:
+                        wanted = {}
+                    probe = probes[contestant, threads]
+                    row.update(check(worker, probe, case, backward, wanted))
+                    new.append(row)
+                take_times(new, workers.values(), args.repeat)
+                add_ratios(new)
+                rows += new
+                items = (f'{k} {v}' for k, v in case._asdict().items())
+                print(f'\n{name}, {pass_} ({", ".join(items)})')
+                print(reporting.table(new), flush=True)
+    report = {
+        'date': datetime.date.today().isoformat(),
+        'machine': machine(),
+        'repeat': args.repeat,
+        'versions': versions,
+        'missing': missing,
+        'contestants': CONTESTANTS,
+        'cases': {name: case._asdict() for name, case in cases.items()},
+        'notes': NOTES,
+        'numba_compile_s': compilation,
+        'rows': rows,
+    }
+    return report, reporting.picture(report)
 
 
-def random_arrays(shape, dtype) -> dict:
-    n, c, out_c, h, w = shape
+def start(threads: list[int], folder: pathlib.Path, stack: contextlib.ExitStack):
+    """Workers and memory probes by name and threads; versions and reasons by name."""
+    print(f'starting {len(CONTESTANTS)} contestants', flush=True)
+    workers, probes = {}, {}
+    for key in itertools.product(CONTESTANTS, threads):
+        workers[key] = probes[key] = stack.enter_context(Worker(*key, folder))
+        # Threads have arenas of their own, which keep what is freed: no measure of what
+        # a run takes. With a single arena runs would be slower.
+        if key[1] > 1:
+            probe = Worker(*key, folder, MALLOC_ARENA_MAX='1')
+            probes[key] = stack.enter_context(probe)
+    versions, missing = {}, {}
+    for key, worker in list(workers.items()):
+        try:
+            versions[key[0]] = worker.receive()
+            if probes[key] is not worker:
+                probes[key].receive()
+        except Failure as failure:
+            missing[key[0]] = str(failure)
+            del workers[key]
+    for name, found in versions.items():
+        print(f'{name}: {", ".join(f"{k} {v}" for k, v in found.items())}')
+    for name, reason in missing.items():
+        print(f'{name}: left out ({reason})')
+    return workers, probes, versions, missing
+
+
+def grow(args, folder: pathlib.Path):
+    """This package on growing images and batches: the report and its picture."""
+    series = QUICK_GROWTH if args.quick else GROWTH
+    sizes = list(dict.fromkeys(size for sizes in series.values() for size in sizes))
+    rows = []
+    with contextlib.ExitStack() as stack:
+        print(f'starting {len(sizes)} processes', flush=True)
+        workers = [stack.enter_context(Worker(OURS, 1, folder)) for _ in sizes]
+        versions = [worker.receive() for worker in workers][0]
+        for pass_, backward in PASSES.items():
+            new = []
+            for (n, size), worker in zip(sizes, workers):
+                case = Case(n, CHANNELS, CHANNELS, size)
+                arrays = random_arrays(case)
+                numpy.savez(folder / 'arrays.npz', **arrays)
+                if not backward:
+                    del arrays['gy']
+                expected = reference.deformable_convolution(**arrays, **case.options)
+                row = {'n': n, 'side': size, 'pass': pass_}
+                row.update(check(worker, worker, case, backward, expected))
+                new.append(row)
+                print(f'{pass_}, {n} x {size} x {size}: checked', flush=True)
+            take_times(new, workers, args.repeat)
+            by_size = dict(zip(sizes, new))
+            for name, of_series in series.items():
+                rows += add_growth([{'series': name, **by_size[s]} for s in of_series])
+    print(reporting.growth_table(rows))
+    report = {
+        'date': datetime.date.today().isoformat(),
+        'machine': machine(),
+        'repeat': args.repeat,
+        'contestant': OURS,
+        'channels': CHANNELS,
+        'versions': versions,
+        'rows': rows,
+    }
+    return report, reporting.growth_picture(report)
+
+
+class Failure(Exception):
+    """A contestant can't do what it is asked; the message is the reason."""
+
+
+class Worker:
+    """A contestant in a process of its own: the parent's end."""
+
+    def __init__(self, name: str, threads: int, folder, **environment: str) -> None:
+        python = sys.executable
+        environment = {**os.environ, **environment}
+        for variable in 'OMP', 'OPENBLAS', 'MKL', 'NUMBA':
+            environment[f'{variable}_NUM_THREADS'] = str(threads)
+        # Threads without work sleep, or they would disturb the other contestants.
+        environment['OMP_WAIT_POLICY'] = 'passive'
+        environment['OPENBLAS_THREAD_TIMEOUT'] = '16'
+        environment.pop('CHAINER_DEFORM_NUMBA', None)
+        if name == 'torchvision':
+            python = os.environ.get('TORCHVISION_PYTHON', '/usr/bin/python3')
+            environment.pop('PYTHONPATH', None)
+        self.folder = folder
+        self.log = folder / f'{id(self)}.log'
+        try:
+            with self.log.open('w') as log:
+                self.process = subprocess.Popen(
+                    [python, str(HERE / 'worker.py')],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=environment,
+                )
+        except OSError as error:
+            self.process, self.reason = None, f'{python}: {error.strerror}'
+        self.send('start', name=name, threads=threads)
+
+    def load(self, case: Case, backward: bool) -> None:
+        arrays = str(self.folder / 'arrays.npz')
+        self.ask('load', arrays=arrays, options=case.options, backward=backward)
+
+    def results(self) -> dict:
+        path = self.folder / 'results.npz'
+        self.ask('results', path=str(path))
+        with numpy.load(path) as archive:
+            return dict(archive)
+
+    def ask(self, command: str, **arguments) -> dict:
+        self.send(command, **arguments)
+        return self.receive()
+
+    def send(self, command: str, **arguments) -> None:
+        line = json.dumps({'command': command, **arguments}) + '\n'
+        with contextlib.suppress(OSError):  # receive() tells
+            if self.process is not None:
+                self.process.stdin.write(line)
+                self.process.stdin.flush()
+
+    def receive(self) -> dict:
+        if self.process is None:
+            raise Failure(self.reason)
+        line = self.process.stdout.readline()
+        if not line:
+            last = self.log.read_text().splitlines()[-1:]
+            raise Failure(' '.join([f'died ({self.process.wait()}):', *last]))
+        reply = json.loads(line)
+        if 'error' in reply:
+            raise Failure(reply['error'])
+        return reply
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.process is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()  # which ends it
+            self.process.stdout.close()
+            self.process.wait()
+
+
+def random_arrays(case: Case) -> dict:
+    n, c, out_c, size, k = case[:5]
+    taps = case.offset_groups * k * k
     random = numpy.random.RandomState(0)
     shapes = {
-        'x': (n, c, h, w),
-        'offset': (n, 18, h, w),
-        'W': (out_c, c, 3, 3),
+        'x': (n, c, size, size),
+        'offset': (n, 2 * taps, size, size),
+        'W': (out_c, c // case.groups, k, k),
         'b': (out_c,),
-        'gy': (n, out_c, h, w),
+        'gy': (n, out_c, size, size),
     }
-    scales = {'W': (9 * c) ** -0.5, 'offset': 2.0}
+    arrays = {name: random.standard_normal(shape) for name, shape in shapes.items()}
+    arrays['W'] /= (arrays['W'][0].size) ** 0.5
+    # With a standard deviation of 2 pixels, in odd 128ths: exact in float32 wherever
+    # they lead, and never to a lattice line, where the gradient jumps.
+    arrays['offset'] = (numpy.floor(128 * arrays['offset']) + 0.5) / 64
+    if case.mask:
+        arrays['mask'] = random.uniform(0, 1, (n, taps, size, size))
+    return {name: array.astype('float32') for name, array in arrays.items()}
+
+
+def check(worker, probe, case: Case, backward: bool, expected: dict) -> dict:
+    """Error and memory of a contestant, or the reason why it gets no time.
+
+    ``probe`` is where memory is measured. Nothing expected is nothing to agree with.
+    """
+    row = {'error': None, 'peak_mib': None, 'beside_mib': None}
+    try:
+        worker.load(case, backward)
+        errors = relative_errors(expected, worker.results())
+        if errors:
+            worst = max(errors, key=errors.get)
+            row['error'] = errors[worst]
+            if row['error'] > TOLERANCE:
+                raise Failure(f'wrong: {worst} is off by {row["error"]:.0e}')
+        if probe is not worker:
+            probe.load(case, backward)
+            probe.results()
+        memory = probe.ask('memory')
+    except Failure as failure:
+        return {'reason': str(failure)}
+    if memory['peak'] is not None:
+        row['peak_mib'] = memory['peak'] / 2**20
+        row['beside_mib'] = (memory['peak'] - memory['results']) / 2**20
+    return row
+
+
+def relative_errors(expected: dict, found) -> dict:
+    """The largest error of each array, relative to the largest number expected."""
+    errors = {}
+    for name, array in expected.items():
+        error = numpy.inf
+        if name in found and found[name].shape == array.shape:
+            error = abs(found[name] - array).max() / abs(array).max()
+        errors[name] = float(error) if error < numpy.inf else numpy.inf  # nor NaN
+    return errors
+
+
+def take_times(rows: list[dict], workers, repeat: int) -> None:
+    """Adds the medians of runs in turn to the rows without a reason against."""
+    times = [[] for _ in rows]
+    for turn in range(repeat):
+        show_progress(f'round {turn + 1} of {repeat}')
+        for row, worker, of_row in zip(rows, workers, times):
+            if 'reason' not in row:
+                try:
+                    of_row.append(worker.ask('time'))
+                except Failure as failure:
+                    row['reason'] = str(failure)
+    show_progress('')
+    for row, of_row in zip(rows, times):
+        if 'reason' not in row:
+            for name in 'wall', 'cpu':
+                seconds = statistics.median(time[name] for time in of_row)
+                row[f'{name}_ms'] = 1e3 * seconds
+
+
+def show_progress(text: str) -> None:
+    """In a line of its own that the next one overwrites."""
+    if sys.stderr.isatty():
+        print(f'\r{text:40}\r', end='', file=sys.stderr, flush=True)
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """Adds each row's times relative to ours on as many threads."""
+    ours = {row['threads']: row for row in rows if row['contestant'] == OURS}
+    for row in rows:
+        for name in 'wall', 'cpu':
+            if f'{name}_ms' in row:
+                our = ours.get(row['threads'], {}).get(f'{name}_ms')
+                row[f'{name}_ratio'] = row[f'{name}_ms'] / our if our else None
+
+
+def add_growth(rows: list[dict]) -> list[dict]:
+    """Adds the time per output pixel, and how it compares to the least of the rows."""
+    timed = [row for row in rows if 'reason' not in row]
+    for row in timed:
+        row['ns_a_pixel'] = 1e6 * row['cpu_ms'] / (row['n'] * row['side'] ** 2)
+    for row in timed:
+        row['ratio'] = row['ns_a_pixel'] / min(row['ns_a_pixel'] for row in timed)
+    return rows
+
+
+def compile_seconds(folder) -> dict:
+    """Seconds by which the first call is longer than another, with its gradient."""
+    case = QUICK_CASES['tiny']
+    numpy.savez(folder / 'arrays.npz', **random_arrays(case))
+    seconds = {}
+    for cache in 'empty cache', 'filled cache':
+        environment = {'NUMBA_CACHE_DIR': str(folder / 'numba')}
+        with Worker(OURS, 1, folder, **environment) as worker:
+            worker.receive()
+            worker.load(case, backward=True)
+            first = worker.ask('time', warm=False)['wall']
+            seconds[cache] = round(first - worker.ask('time')['wall'], 3)
+    return seconds
+
+
+def machine() -> dict:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as info:
+        names = (line.split(':')[1] for line in info if line.startswith('model name'))
+        processor = next(names, processor).strip()
     return {
-        name: (random.standard_normal(shape) * scales.get(name, 1)).astype(dtype)
-        for name, shape in shapes.items()
+        'processor': processor,
+        'architecture': platform.machine(),
+        'cores': os.cpu_count(),
+        'system': platform.system(),
     }
-
-
-def chainer_contestant(function, device, with_offset=True):
-    """A function of Chainer's kind as a contestant."""
-
-    def make(arrays, backward):
-        arrays = {name: device.send(array) for name, array in arrays.items()}
-        gy = arrays.pop('gy')
-        if not with_offset:
-            del arrays['offset']
-
-        def run():
-            variables = [
-                chainer.Variable(array, requires_grad=backward)
-                for array in arrays.values()
-            ]
-            y = function(*variables, 1, 1)
-            if backward:
-                y.grad = gy
-                y.backward()
-
-        return run
-
-    return make
-
-
-def chainer_contestants(device) -> dict:
-    return {
-        OURS: chainer_contestant(
-            chainer_deform.functions.deformable_convolution_2d_sampler, device
-        ),
-        "Chainer's own": chainer_contestant(
-            F.deformable_convolution_2d_sampler, device
-        ),
-        'plain convolution': chainer_contestant(F.convolution_2d, device, False),
-    }
-
-
-class Cpu:
-    def contestants(self) -> dict:
-        return chainer_contestants(self)
-
-    def send(self, array):
-        return array
-
-    def mode(self, mode):
-        return contextlib.nullcontext()
-
-    def time(self, run) -> float:
-        start = time.process_time()
-        run()
-        return 1e3 * (time.process_time() - start)
-
-    def memory(self, run, name) -> float:
-        tracemalloc.start()
-        run()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        return peak / 2**20
-
-    def floor(self, shape, mode, backward):
-        return None
-
-    def description(self) -> dict:
-        return {'device': 'one CPU thread', 'machine': platform.machine()}
-
-
-class Gpu:
-    """A GPU, with the rates that its floor is computed from measured on the spot."""
-
-    def __init__(self) -> None:
-        try:
-            import cupy
-
-            cupy.cuda.runtime.getDeviceCount()
-            self.cupy = cupy
-        except Exception as error:
-            sys.exit(f'no GPU to measure on: {str(error).splitlines()[0]}')
-        try:
-            import torch
-            import torchvision
-
-            self.torch, self.deform_conv2d = torch, torchvision.ops.deform_conv2d
-        except ImportError:
-            self.torch = None
-        self.rates = {}
-
-    def contestants(self) -> dict:
-        contestants = chainer_contestants(self)
-        if self.torch is not None:
-            contestants['torchvision'] = self.torchvision
-        return contestants
-
-    def torchvision(self, arrays, backward):
-        torch = self.torch
-        tensors = {
-            name: torch.from_numpy(array).cuda() for name, array in arrays.items()
-        }
-        # From all x, then all y, to y and x in pairs.
-        order = [k + 9 * axis for k in range(9) for axis in (1, 0)]
-        tensors['offset'] = tensors['offset'][:, order].contiguous()
-        gy = tensors.pop('gy')
-        for tensor in tensors.values():
-            tensor.requires_grad_(backward)
-
-        def run():
-            y = self.deform_conv2d(
-                tensors['x'], tensors['offset'], tensors['W'], tensors['b'], padding=1
-            )
-            if backward:
-                y.backward(gy)
-                for tensor in tensors.values():
-                    tensor.grad = None  # as Chainer's variables are gone by then
-
-        return run
-
-    def send(self, array):
-        return self.cupy.asarray(array)
-
-    @contextlib.contextmanager
-    def mode(self, mode):
-        from cupy._core import _routines_linalg as linalg
-
-        before = linalg.get_compute_type(numpy.float32)
-        tf32 = mode == 'tf32'
-        linalg.set_compute_type(
-            numpy.float32,
-            linalg.COMPUTE_TYPE_TF32 if tf32 else linalg.COMPUTE_TYPE_DEFAULT,
-        )
-        if self.torch is not None:
-            self.torch.backends.cuda.matmul.allow_tf32 = tf32
-        try:
-            yield
-        finally:
-            linalg.set_compute_type(numpy.float32, before)
-
-    def time(self, run) -> float:
-        start, end = (self.cupy.cuda.Event() for _ in range(2))
-        for _ in range(2):
-            run()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return self.cupy.cuda.get_elapsed_time(start, end)
-
-    def memory(self, run, name) -> float:
-        run()  # kernels are compiled, handles made
-        pool = self.cupy.get_default_memory_pool()
-        if name == 'torchvision':
-            self.torch.cuda.synchronize()
-            self.torch.cuda.empty_cache()
-            before = self.torch.cuda.memory_reserved()
-            self.torch.cuda.reset_peak_memory_stats()
-            run()
-            return (self.torch.cuda.max_memory_reserved() - before) / 2**20
-        self.cupy.cuda.Device().synchronize()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        run()
-        return (pool.total_bytes() - before) / 2**20
-
-    def floor(self, shape, mode, backward) -> float:
-        """The larger of the arithmetic and of reading and writing each array once."""
-        n, c, out_c, h, w = shape
-        flops = 2 * out_c * 9 * c * n * h * w
-        item = 2 if mode == 'float16' else 4
-        numbers = n * h * w * (c + 18 + out_c) + out_c * 9 * c
-        if backward:  # three times the product; and all arrays' gradients
-            flops, numbers = 3 * flops, 3 * numbers
-        return 1e3 * max(flops / self.rate(mode), numbers * item / self.rate('copy'))
-
-    def rate(self, what) -> float:
-        """Operations a second of a large product, or bytes a second of a large copy."""
-        if what not in self.rates:
-            cupy = self.cupy
-            if what == 'copy':
-                source = cupy.ones(1 << 29, numpy.float32)
-                target = cupy.empty_like(source)
-                amount = 2 * source.nbytes
-                run = lambda: cupy.copyto(target, source)  # noqa: E731
-            else:
-                size = 8192
-                dtype = 'float16' if what == 'float16' else 'float32'
-                a, b = (
-                    cupy.random.standard_normal((size, size), numpy.float32).astype(
-                        dtype
-                    )
-                    for _ in range(2)
-                )
-                amount = 2 * size**3
-                run = lambda: cupy.dot(a, b)  # noqa: E731
-            self.rates[what] = amount / (
-                1e-3 * statistics.median(self.time(run) for _ in range(5))
-            )
-        return self.rates[what]
-
-    def description(self) -> dict:
-        properties = self.cupy.cuda.runtime.getDeviceProperties(0)
-        return {
-            'device': properties['name'].decode(),
-            'rates': {name: f'{rate:.3g}/s' for name, rate in self.rates.items()},
-        }
-
-
-def host_share(device) -> dict:
-    """Microseconds of the host a call, on a case that takes the GPU no time."""
-    shares = {}
-    arrays = random_arrays(TINY, 'float32')
-    for pass_, backward in zip(PASSES, (False, True)):
-        for name, make in device.contestants().items():
-            run = make(arrays, backward)
-            for _ in range(20):
-                run()
-            times = []
-            for _ in range(200):
-                start = time.perf_counter()
-                run()
-                times.append(time.perf_counter() - start)
-            device.cupy.cuda.Device().synchronize()
-            shares[f'{name}, {pass_}'] = round(1e6 * statistics.median(times))
-    return shares
-
-
-def print_row(row, header) -> None:
-    names = list(row['ms'])
-    if header:
-        print(f'{"":38}', *(f'{name:>18}' for name in names), f'{"floor":>10}')
-        print(f'{"":38}', *(f'{"ms    x ours   MiB":>18}' for _ in names))
-    label = f'{row["case"]}, {row["mode"]}, {row["pass"]}'
-    cells = (
-        f'{row["ms"][name]:7.2f} {row["ratio to ours"][name]:5.1f} '
-        f'{row["peak_mib"][name]:5.0f}'
-        for name in names
-    )
-    floor = row['floor_ms']
-    print(
-        f'{label:38}',
-        *(f'{cell:>18}' for cell in cells),
-        '' if floor is None else f'{floor:10.3f}',
-        flush=True,
-    )
-
-
-def versions() -> dict:
-    names = {'chainer': chainer, 'numpy': numpy, 'scipy': scipy}
-    for name in 'cupy', 'torch', 'torchvision':
-        if name in sys.modules:
-            names[name] = sys.modules[name]
-    found = {name: module.__version__ for name, module in names.items()}
-    return {
-        'python': platform.python_version(),
-        'chainer_deform': chainer_deform.__version__,
-        **found,
-    }
-
-
-def write(report, path) -> None:
-    """The report as JSON and as a picture, each written beside, then renamed."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    rows = report['rows']
-    names = list(rows[0]['ms'])
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.5 * len(rows)))
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        axes.barh(
-            [row + i * height for row in range(len(rows))],
-            [row['ratio to ours'][name] for row in rows],
-            height,
-            label=name,
-        )
-    axes.set_yticks(
-        [row + 0.4 - height / 2 for row in range(len(rows))],
-        [f'{row["case"]}, {row["mode"]}\n{row["pass"]}' for row in rows],
-        fontsize=8,
-    )
-    axes.invert_yaxis()
-    axes.axvline(1, color='black', linewidth=0.8)
-    axes.set_xscale('log')
-    axes.set_xlabel('time, as a multiple of chainer_deform (longer is slower)')
-    axes.set_title(f'{report["device"]}, {report["date"]}')
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    scratch = path.with_name(path.name + '.part')
-    figure.savefig(scratch, format='png', dpi=120)
-    scratch.replace(path.with_name(path.name + '.png'))
-    plt.close(figure)
-    scratch.write_text(json.dumps(report, indent=1) + '\n')
-    scratch.replace(path.with_name(path.name + '.json'))
 
 
 if __name__ == '__main__':

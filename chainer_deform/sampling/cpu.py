@@ -85,7 +85,7 @@ def backward(
         taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
         image, weights = taps.image(x), taps.weights()
         gimage, gfilters = gradients.new_sums(image)
-        dots = taps.new_dots() if wanted & {'offset', 'mask'} else None
+        products = taps.new_products() if wanted & {'offset', 'mask'} else None
         scratch = _Scratch(dtype)
         for tile in taps.tiles():
             gy_tile = filters.load(taps.part(gy_view, tile), scratch)
@@ -97,10 +97,10 @@ def backward(
                 gcolumns = filters.gcolumns(gy_tile, scratch)
             if 'x' in wanted:
                 taps.scatter(gimage, tile, gcolumns, weights)
-            if dots is not None:
-                taps.dot(image, tile, gcolumns, dots)
-        if dots is not None:
-            gradients.set_of_taps(taps, *taps.slopes(dots))
+            if products is not None:
+                taps.dot(image, tile, gcolumns, products)
+        if products is not None:
+            gradients.set_of_taps(taps, *taps.slopes(products))
         return taps, gimage, gfilters
 
     if wanted - {'b'}:
@@ -123,75 +123,83 @@ def double_backward(
     mask=None,
     b=None,
 ) -> dict:
-    """Returns the gradients of the gradients, for those arguments named in ``wanted``.
+    """Returns the gradients of the sum of ``gg[name] * backward(...)[name]``.
 
-    They are the gradients of the sum of ``gg[name]`` times the gradient called
-    ``name``, for all names in ``gg``. Among the arguments is ``gy``; ``b`` is none of
-    them. That sum is ``gy`` times the rate at which ``y`` changes while each argument
-    moves along its ``gg``. The prefix ``d`` marks such rates.
+    They are those of the arguments named in ``wanted``, which may be ``gy``, but not
+    ``b``: the sum does not depend on it. ``gg`` has arrays with the shape and dtype of
+    arguments, by name; those that it lacks count as 0.
+
+    That sum is ``gy`` times how fast ``y`` changes while the arguments move along
+    ``gg``. What ends in ``_dot`` is such a rate, or the gradient of one.
     """
     dtype = _compute_dtype(gy, x, offset, W, mask, *gg.values())
     filters = _Filters(geometry, W, dtype)
-    dfilters = _Filters(geometry, gg['W'], dtype) if 'W' in gg else None
+    ggfilters = _Filters(geometry, gg['W'], dtype) if 'W' in gg else None
     gradients = _Gradients(wanted, x, offset, mask, filters)
     wanted = set(wanted)
     ggy = numpy.empty(gy.shape, gy.dtype) if 'gy' in wanted else None
-    gy_view, ggy_view, offset, mask, goffset, gmask = _by_position(
+    gy_view, ggy_view, offset, mask, ggoffset, ggmask = _by_position(
         gy, ggy, offset, mask, gg.get('offset'), gg.get('mask')
     )
 
     def work(piece):
         taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
         image, weights = taps.image(x), taps.weights()
-        dimage = taps.image(gg['x']) if 'x' in gg else None
-        rates = dweights = None
-        if goffset is not None or gmask is not None:
-            rates = taps.rates(goffset, gmask)
-            dweights = taps.weight_rates(rates)
+        ggimage = taps.image(gg['x']) if 'x' in gg else None
+        rates = weights_dot = None
+        if ggoffset is not None or ggmask is not None:
+            rates = taps.rates(ggoffset, ggmask)
+            weights_dot = taps.weights_dot(rates)
         gimage, gfilters = gradients.new_sums(image)
-        dots = ddots = None
+        products = products_dot = None
         if wanted & {'offset', 'mask'}:
-            dots, ddots = taps.new_dots(), taps.new_dots()
+            products = taps.new_products()
+            products_dot = None if rates is None else taps.new_products()
         scratch = _Scratch(dtype)
 
         for tile in taps.tiles():
             if wanted & {'gy', 'W'}:
-                dcolumns = filters.new_columns(tile, scratch, 'dcolumns')
-                dcolumns[...] = 0
-                if dweights is not None:
-                    taps.sample(image, tile, dcolumns, dweights, add=True)
-                if dimage is not None:
-                    taps.sample(dimage, tile, dcolumns, weights, add=True)
+                columns_dot = filters.new_columns(tile, scratch, 'columns_dot')
+                columns_dot[...] = 0
+                if rates is not None:
+                    taps.sample(image, tile, columns_dot, weights_dot, add=True)
+                if ggimage is not None:
+                    taps.sample(ggimage, tile, columns_dot, weights, add=True)
             if 'gy' in wanted:
                 output = filters.new_output(tile, gg.get('b'), scratch)
-                filters.convolve(dcolumns, output, scratch)
-                if dfilters is not None:
+                filters.convolve(columns_dot, output, scratch)
+                if ggfilters is not None:
                     columns = filters.new_columns(tile, scratch)
                     taps.sample(image, tile, columns, weights)
-                    dfilters.convolve(columns, output, scratch)
+                    ggfilters.convolve(columns, output, scratch)
                 filters.store(output, taps.part(ggy_view, tile))
 
             gy_tile = filters.load(taps.part(gy_view, tile), scratch)
             if 'W' in wanted:
-                filters.differentiate(gy_tile, dcolumns, gfilters, scratch)
+                filters.differentiate(gy_tile, columns_dot, gfilters, scratch)
             if not wanted & {'x', 'offset', 'mask'}:
                 continue
-            gcolumns = filters.gcolumns(gy_tile, scratch)
-            if 'x' in wanted and dweights is not None:
-                taps.scatter(gimage, tile, gcolumns, dweights)
-            if dots is not None:
-                taps.dot(image, tile, gcolumns, dots)
-                if dimage is not None:
-                    taps.dot(dimage, tile, gcolumns, ddots)
-            if dfilters is not None:
-                gcolumns = dfilters.gcolumns(gy_tile, scratch)
+            if rates is not None or ggimage is not None:
+                gcolumns_dot = filters.gcolumns(gy_tile, scratch)
+                if 'x' in wanted and rates is not None:
+                    taps.scatter(gimage, tile, gcolumns_dot, weights_dot)
+                if products is not None and ggimage is not None:
+                    taps.dot(ggimage, tile, gcolumns_dot, products)
+                if products_dot is not None:
+                    taps.dot(image, tile, gcolumns_dot, products_dot)
+            if ggfilters is not None:
+                gcolumns = ggfilters.gcolumns(gy_tile, scratch)
                 if 'x' in wanted:
                     taps.scatter(gimage, tile, gcolumns, weights)
-                if dots is not None:
-                    taps.dot(image, tile, gcolumns, ddots)
+                if products is not None:
+                    taps.dot(image, tile, gcolumns, products)
 
-        if dots is not None:
-            gradients.set_of_taps(taps, *taps.slope_rates(dots, ddots, rates))
+        if products is not None:
+            slopes = taps.slopes(products)
+            if rates is not None:
+                more = taps.slopes_dot(products_dot, rates)
+                slopes = tuple(map(numpy.add, slopes, more))
+            gradients.set_of_taps(taps, *slopes)
         return taps, gimage, gfilters
 
     for sums in _run(work, geometry, x.shape, dtype):
@@ -305,71 +313,59 @@ class _Taps:
         """Adds to the image's gradient what the gradients of columns make of it."""
         primitives().scatter(gimage, self.pixels, *weights, tile, gcolumns)
 
-    def new_dots(self):
+    def new_products(self):
         return numpy.zeros(self.pixels.shape, self.dtype)
 
-    def dot(self, image, tile, gcolumns, dots) -> None:
+    def dot(self, image, tile, gcolumns, products) -> None:
         """Adds the dot products of columns' gradients with their taps' corners."""
-        primitives().dot(image, self.pixels, tile, gcolumns, dots)
+        primitives().dot(image, self.pixels, tile, gcolumns, products)
 
-    def slopes(self, dots):
+    def slopes(self, products):
         """The gradients of vertical and horizontal offset and of the mask."""
-        along_y, along_x, _ = self._derivatives(dots)
-        return self.factor * along_y, self.factor * along_x, self._value(dots)
+        along_y, along_x, _ = self._derivatives(products)
+        return self.factor * along_y, self.factor * along_x, self._value(products)
 
-    def rates(self, goffset, gmask):
-        """The rates of vertical and horizontal offset and of the mask."""
-        zeros = numpy.zeros_like(self.factor)
-        dx, dy = (zeros, zeros) if goffset is None else self._of_axes(goffset)
-        return dy, dx, zeros if gmask is None else self._of_mask(gmask)
+    def rates(self, ggoffset, ggmask):
+        """How fast vertical and horizontal offset and the mask move."""
+        still = numpy.zeros_like(self.factor)
+        x_dot, y_dot = (still, still) if ggoffset is None else self._of_axes(ggoffset)
+        return y_dot, x_dot, still if ggmask is None else self._of_mask(ggmask)
 
-    def weight_rates(self, rates) -> _Weights:
-        """How fast the weights of the corners, times the mask, change."""
-        dy, dx, dmask = rates
-        top, bottom = self.row_weights
-        left, right = self.col_weights
-        weights = numpy.empty(self.pixels.shape, self.dtype)
-        for corner, (row, row_slope, col, col_slope) in enumerate(
-            (
-                (top, -1, left, -1),
-                (top, -1, right, 1),
-                (bottom, 1, left, -1),
-                (bottom, 1, right, 1),
+    def weights_dot(self, rates) -> _Weights:
+        """How fast the weights, times the mask, change."""
+        y_dot, x_dot, mask_dot = rates
+        weights_dot = numpy.empty(self.pixels.shape, self.dtype)
+        # The weights before and after a point go down and up with it.
+        for corner, ((row, row_slope), (col, col_slope)) in enumerate(
+            itertools.product(
+                zip(self.row_weights, (-1, 1)), zip(self.col_weights, (-1, 1))
             )
         ):
-            slope = row_slope * col * dy + row * col_slope * dx
-            weights[corner] = dmask * row * col + self.factor * slope
-        weights[self.pixels == 0] = 0
-        return _Weights(weights, numpy.ones_like(self.factor))
+            rate = row_slope * col * y_dot + row * col_slope * x_dot
+            weights_dot[corner] = mask_dot * row * col + self.factor * rate
+        weights_dot[self.pixels == 0] = 0
+        return _Weights(weights_dot, numpy.ones_like(self.factor))
 
-    def slope_rates(self, dots, ddots, rates):
-        """The gradients of ``slopes`` that are those of offset and mask.
+    def slopes_dot(self, products_dot, rates):
+        """What is added to ``slopes`` where points and mask move."""
+        y_dot, x_dot, mask_dot = rates
+        along_y, along_x, along_both = self._derivatives(products_dot)
+        return (
+            mask_dot * along_y + self.factor * along_both * x_dot,
+            mask_dot * along_x + self.factor * along_both * y_dot,
+            y_dot * along_y + x_dot * along_x,
+        )
 
-        Args:
-            dots: Those of the columns' gradients with the image.
-            ddots: Their rates, as image and filter change.
-            rates: What ``rates`` returns, or None.
-
-        """
-        along_y, along_x, value = self.slopes(ddots)
-        if rates is not None:
-            dy, dx, dmask = rates
-            slope_y, slope_x, slope_both = self._derivatives(dots)
-            along_y += dmask * slope_y + self.factor * slope_both * dx
-            along_x += dmask * slope_x + self.factor * slope_both * dy
-            value += dy * slope_y + dx * slope_x
-        return along_y, along_x, value
-
-    def _value(self, dots):
+    def _value(self, products):
         """The bilinear mean of the corners, NaN where the offset is."""
-        (tl, tr, bl, br), (top, bottom) = dots, self.row_weights
+        (tl, tr, bl, br), (top, bottom) = products, self.row_weights
         left, right = self.col_weights
         value = top * (left * tl + right * tr) + bottom * (left * bl + right * br)
         return self._with_nan(value)
 
-    def _derivatives(self, dots):
+    def _derivatives(self, products):
         """Its derivatives along y, along x and along both."""
-        (tl, tr, bl, br), (top, bottom) = dots, self.row_weights
+        (tl, tr, bl, br), (top, bottom) = products, self.row_weights
         left, right = self.col_weights
         along_y = left * (bl - tl) + right * (br - tr)
         along_x = top * (tr - tl) + bottom * (br - bl)
@@ -434,14 +430,26 @@ class _Filters:
         """From columns to outputs: (G, K * iCg, oCg), or depthwise (K, oCg, G)."""
         if self.depthwise:
             return self.W[:, :, 0].transpose(2, 1, 0).astype(self.dtype, 'C')
-        return self._padded(self.W.transpose(0, 3, 2, 1), self.group_out)
+        matrices = self._empty(self.taps, self.group_in, self.group_out)
+        # A few at a time: they are far apart, and cached lines are used up so.
+        for first in range(0, self.group_out, 16):
+            some = slice(first, min(first + 16, self.group_out))
+            # (G, K, iCg, some) from (G, some, iCg, K)
+            matrices[..., some] = self.W[:, some].transpose(0, 3, 2, 1)
+        return matrices.reshape(self.groups, self.taps * self.group_in, -1)
 
     @functools.cached_property
     def _transposed(self):
         """From outputs to columns: (G, oCg, K * iCg), or depthwise (oCg, K, G)."""
         if self.depthwise:
             return self.W[:, :, 0].transpose(1, 2, 0).astype(self.dtype, 'C')
-        return self._padded(self.W.swapaxes(2, 3), self.taps * self.group_in)
+        used = self.taps * self.group_in
+        matrices = self._empty(self.group_out, used)
+        # (G, oCg, K, iCg) from (G, oCg, iCg, K)
+        matrices[..., :used].reshape(*self.W.shape[:2], self.taps, -1)[...] = (
+            self.W.swapaxes(2, 3)
+        )
+        return matrices
 
     def zeros(self):
         """A sum of gradients: (G, oCg, K * iCg), or depthwise (K, oCg, G)."""
@@ -464,7 +472,8 @@ class _Filters:
     def new_columns(self, tile, scratch, name='columns'):
         """Memory for columns (R, K * c)."""
         width = self.taps * self.group_in * self.groups
-        columns = scratch(name, _count(tile), self._row(width))
+        padded = self._whole(width) if self.groups == 1 else width
+        columns = scratch(name, _count(tile), padded)
         columns[:, width:] = 0
         return columns
 
@@ -555,20 +564,16 @@ class _Filters:
         )
         return split
 
-    def _row(self, width: int) -> int:
-        """Numbers in a row of columns; only what is multiplied as it is, is padded."""
-        return self._whole(width) if self.groups == 1 else width
-
     def _whole(self, width: int) -> int:
         lanes = primitives().lanes(self.dtype)
         return -(-width // lanes) * lanes
 
-    def _padded(self, matrices, width: int):
-        """(G, rows, width), in rows of whole vectors, from the last axes."""
-        matrices = matrices.reshape(self.groups, -1, width)
-        padded = numpy.zeros((*matrices.shape[:2], self._whole(width)), self.dtype)
-        padded[..., :width] = matrices
-        return padded
+    def _empty(self, *shape: int):
+        """Memory (G, ...) for matrices with rows of whole vectors."""
+        *shape, width = shape
+        memory = numpy.empty((self.groups, *shape, self._whole(width)), self.dtype)
+        memory[..., width:] = 0
+        return memory
 
 
 class _Gradients:

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from chainer_deform.sampling import bilinear
 
 #: Bytes that the columns of a tile may take: they stay in the cache of a core.
-TILE_BYTES = 1 << 20
+TILE_BYTES = 2 << 20
 
 _features = binding.get_host_cpu_features()
 _VECTOR_BYTES = 64 if _features.get('avx512f') else 32 if _features.get('avx2') else 16
@@ -69,12 +69,12 @@ def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
     _scatter(gimage, pixels, weights, scale, *_ends(tile), gcolumns)
 
 
-def dot(image, pixels, tile, gcolumns, dots) -> None:
-    """``dots +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+def dot(image, pixels, tile, gcolumns, products) -> None:
+    """``products +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
 
     That with the row of zeros is 0, also for infinite ``gcolumns``.
     """
-    _dot(image, pixels, *_ends(tile), gcolumns, dots)
+    _dot(image, pixels, *_ends(tile), gcolumns, products)
 
 
 def matmul(a, b, out, transposed=False) -> None:
@@ -190,7 +190,7 @@ def _scatter(gimage, pixels, weights, scale, i0, i1, p0, p1, gcolumns):
 
 
 @_jit('contract', 'reassoc')
-def _dot(image, pixels, i0, i1, p0, p1, gcolumns, dots):
+def _dot(image, pixels, i0, i1, p0, p1, gcolumns, products):
     _, og, channels = image.shape
     row = 0
     for i in range(i0, i1):
@@ -207,10 +207,10 @@ def _dot(image, pixels, i0, i1, p0, p1, gcolumns, dots):
                         tr_dot += g * image[tr, o, c]
                         bl_dot += g * image[bl, o, c]
                         br_dot += g * image[br, o, c]
-                    dots[0, i, o, k, p] += tl_dot if tl else 0
-                    dots[1, i, o, k, p] += tr_dot if tr else 0
-                    dots[2, i, o, k, p] += bl_dot if bl else 0
-                    dots[3, i, o, k, p] += br_dot if br else 0
+                    products[0, i, o, k, p] += tl_dot if tl else 0
+                    products[1, i, o, k, p] += tr_dot if tr else 0
+                    products[2, i, o, k, p] += bl_dot if bl else 0
+                    products[3, i, o, k, p] += br_dot if br else 0
             row += 1
 
 

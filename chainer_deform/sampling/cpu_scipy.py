@@ -70,8 +70,8 @@ def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
     _pixel_rows(gimage)[...] += _matrix(gimage, pixels, weights, tile).T @ scaled
 
 
-def dot(image, pixels, tile, gcolumns, dots) -> None:
-    """``dots +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+def dot(image, pixels, tile, gcolumns, products) -> None:
+    """``products +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
 
     That with the row of zeros is 0, also for infinite ``gcolumns``.
     """
@@ -79,10 +79,10 @@ def dot(image, pixels, tile, gcolumns, dots) -> None:
     gcolumns = gcolumns.reshape(-1, image.shape[2])
     for corner in range(4):
         rows = _pixel_index(image, pixels[corner], tile)
-        products = numpy.einsum('rc,rc->r', gcolumns, _pixel_rows(image)[rows])
-        products[_by_tap(pixels[corner], tile) == 0] = 0
-        view = dots[corner, images, :, :, positions].transpose(0, 3, 2, 1)
-        view += products.reshape(view.shape)
+        values = numpy.einsum('rc,rc->r', gcolumns, _pixel_rows(image)[rows])
+        values[_by_tap(pixels[corner], tile) == 0] = 0
+        view = products[corner, images, :, :, positions].transpose(0, 3, 2, 1)
+        view += values.reshape(view.shape)
 
 
 def matmul(a, b, out, transposed=False) -> None:
