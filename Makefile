@@ -13,11 +13,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
 
-.PHONY: help demo test test-cuda-compile test-gpu sanitize lint format clean
+.PHONY: help demo bench test test-cuda-compile test-gpu sanitize lint format clean
 
 help:
 	@echo 'make demo    set up $(VENV), train the example: plain and deformable model'
 	@echo 'make test    set up $(VENV), run the tests'
+	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
 	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
 	@echo 'make sanitize    a short run of them under compute-sanitizer'
@@ -38,6 +39,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2
+
+$(STAMP)-bench: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -e '.[bench]'
+	@touch $@
+
+# torchvision takes part where $$TORCHVISION_PYTHON, or /usr/bin/python3, has it.
+bench: $(STAMP)-bench
+	$(VENV)/bin/python benchmarks/run.py --device cpu
+	$(VENV)/bin/python benchmarks/run.py --growth
 
 $(STAMP)-cuda: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -e '.[cuda-compile]'

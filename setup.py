@@ -8,9 +8,17 @@ from setuptools import find_packages, setup
 here = pathlib.Path(__file__).parent
 version = runpy.run_path(str(here / 'chainer_deform' / '_version.py'))['__version__']
 
+fast = ['numba>=0.60']
 plot = ['matplotlib>=3.5']
 examples = ['scikit-learn>=1.1', *plot]
-test = ['pytest>=7', 'pytest-xdist>=3', 'hypothesis>=6.80', 'h5py>=3.7', *examples]
+test = [
+    'pytest>=7',
+    'pytest-xdist>=3',
+    'hypothesis>=6.80',
+    'h5py>=3.7',
+    *examples,
+    *fast,
+]
 
 setup(
     name='chainer-deform',
@@ -23,6 +31,8 @@ setup(
     python_requires='>=3.9',
     install_requires=['chainer==7.8.1', 'numpy>=1.23', 'scipy>=1.8'],
     extras_require={
+        # Compiles the CPU path for the CPU it runs on.
+        'fast': fast,
         'cuda': ['cupy>=12,<15'],
         # What compiles the kernels where there is no GPU.
         'cuda-compile': [
@@ -30,6 +40,8 @@ setup(
             'nvidia-cuda-nvrtc==13.0.*',
             'nvidia-cuda-runtime==13.0.*',
         ],
+        # The peers that are compared with.
+        'bench': ['onnx', 'onnxruntime', 'openvino', *fast, *plot],
         'plot': plot,
         'examples': examples,
         'test': test,

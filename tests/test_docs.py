@@ -14,11 +14,12 @@ import pytest
 
 import chainer_deform
 
-README = pathlib.Path(__file__).parents[1] / 'README.rst'
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / 'README.rst', *(ROOT / 'docs').glob('*.rst')]
 MODULES = [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(chainer_deform.__path__, 'chainer_deform.')
-    if not module.name.endswith('__main__')
+    if not module.name.endswith(('__main__', 'cpu_numba'))  # the latter may be missing
 ]
 EXAMPLES = {
     test.name: test
@@ -50,9 +51,9 @@ def test_every_public_name_has_an_example():
             assert f'{item.__module__}.{item.__name__}' in EXAMPLES, item
 
 
-def readme_blocks():
-    """The Python blocks of the README: file name (or None) and text."""
-    lines = [*README.read_text(encoding='utf-8').splitlines(), 'end']
+def python_blocks(page):
+    """The Python blocks of a page: file name (or None) and text."""
+    lines = [*page.read_text(encoding='utf-8').splitlines(), 'end']
     blocks, block = [], None
     for line in lines:
         if block is not None and line and not line.startswith(' '):
@@ -67,8 +68,10 @@ def readme_blocks():
     return blocks
 
 
-@pytest.mark.parametrize(('name', 'text'), readme_blocks())
-def test_readme(name, text, tmp_path):
+@pytest.mark.parametrize(
+    ('name', 'text'), [block for page in PAGES for block in python_blocks(page)]
+)
+def test_page(name, text, tmp_path):
     """A block with a file name is an unmodified Chainer script, run by the package."""
     script = tmp_path / (name or 'example.py')
     script.write_text(text, encoding='utf-8')
@@ -87,6 +90,6 @@ def test_readme(name, text, tmp_path):
 
 
 def test_readme_has_examples():
-    names = [name for name, _ in readme_blocks()]
+    names = [name for name, _ in python_blocks(ROOT / 'README.rst')]
     assert any(names)
     assert None in names

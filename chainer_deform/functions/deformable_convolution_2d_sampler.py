@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import chainer
 from chainer import backend
+from chainer.utils import type_check
 
 from chainer_deform.sampling import cpu, cuda
 from chainer_deform.sampling.geometry import Geometry
@@ -102,6 +103,11 @@ def deformable_convolution_2d_sampler(
             f'W must have 4 axes, (out_c, c / groups, kh, kw), not the shape {W.shape}'
         )
     geometry = Geometry(W.shape[2:], stride, pad, dilate, groups, offset_groups)
+    if not chainer.config.type_check:
+        # Then the node does not check its arrays. Compiled code has to be able to rely
+        # on their shapes.
+        with type_check.light_mode:
+            geometry.check_arrays(arguments)
     node = DeformableConvolution2DSampler(geometry, tuple(arguments))
     (y,) = node.apply(tuple(arguments.values()))
     return y

@@ -26,7 +26,7 @@ _VECTOR_BYTES = 64 if _features.get('avx512f') else 32 if _features.get('avx2') 
 _ROWS = 14 if _VECTOR_BYTES == 64 else 6
 
 #: Terms of the sums of a block, so that what it reads stays in the innermost cache.
-_DEPTH = 256
+_DEPTH = 384
 
 
 def thread_count() -> int:
@@ -70,9 +70,9 @@ def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
 
 
 def dot(image, pixels, tile, gcolumns, products) -> None:
-    """``products +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+    """``products +=`` the dot products of ``gcolumns`` and ``image[pixels]``.
 
-    That with the row of zeros is 0, also for infinite ``gcolumns``.
+    Those with the row of zeros are 0, also for infinite ``gcolumns``.
     """
     _dot(image, pixels, *_ends(tile), gcolumns, products)
 
@@ -234,7 +234,8 @@ def _block(vectors: int):
 
     @intrinsic
     def add_block(
-        typing, a, a_at, a_row, a_step, b, b_at, b_step, out, out_at, out_row, rows, depth
+        typing, a, a_at, a_row, a_step, b, b_at, b_step, out, out_at, out_row,
+        rows, depth,
     ):  # fmt: skip
         integers = types.intp, types.intp, types.intp
         signature = types.void(
@@ -242,9 +243,8 @@ def _block(vectors: int):
         )
 
         def generate(context, builder, signature, args):
-            a, a_at, a_row, a_step, b, b_at, b_step, out, out_at, out_row, rows, depth = (
-                args
-            )  # fmt: skip
+            a, a_at, a_row, a_step, b, b_at, b_step, *args = args
+            out, out_at, out_row, rows, depth = args
             a, b, out = (
                 builder.gep(context.make_array(t)(context, builder, array).data, [at])
                 for t, array, at in (

@@ -71,9 +71,9 @@ def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
 
 
 def dot(image, pixels, tile, gcolumns, products) -> None:
-    """``products +=`` the dot product of each tap's ``gcolumns`` with each of its corners.
+    """``products +=`` the dot products of ``gcolumns`` and ``image[pixels]``.
 
-    That with the row of zeros is 0, also for infinite ``gcolumns``.
+    Those with the row of zeros are 0, also for infinite ``gcolumns``.
     """
     images, positions = tile
     gcolumns = gcolumns.reshape(-1, image.shape[2])

@@ -84,7 +84,8 @@ class Geometry:
 
         Args:
             types: Maps ``x``, ``offset``, ``W`` and, where given, ``mask`` and ``b`` to
-                what :meth:`chainer.FunctionNode.check_type_forward` receives.
+                what :meth:`chainer.FunctionNode.check_type_forward` receives; in
+                Chainer's light mode that is the arrays.
 
         Raises:
             chainer.utils.type_check.InvalidType: A shape or dtype is wrong.

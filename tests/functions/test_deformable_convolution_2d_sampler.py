@@ -5,7 +5,7 @@ import chainer.functions as F
 import numpy
 import pytest
 from chainer import gradient_check
-from chainer.utils import type_check
+from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.sampling import cpu
@@ -475,13 +475,17 @@ class TestErrors:
             ),
         ],
     )
-    def test_shape(self, name, shape, message):
+    @pytest.mark.parametrize('type_check', [True, False])
+    def test_shape(self, name, shape, message, type_check):
         arrays = self.case.arrays()
         arrays[name] = numpy.zeros(shape)
         options = self.case.options
         if name == 'W':
             options['offset_groups'] = 1
-        with pytest.raises(type_check.InvalidType, match='(?s)' + message):
+        with (
+            chainer.using_config('type_check', type_check),
+            pytest.raises(InvalidType, match='(?s)' + message),
+        ):
             deformable_convolution_2d_sampler(**arrays, **options)
 
     @pytest.mark.parametrize('shape', [(4, 3, 3), (4, 3, 3, 3, 3), (4,)])
@@ -495,7 +499,7 @@ class TestErrors:
     def test_dtype(self, name, dtype):
         arrays = self.case.arrays()
         arrays[name] = numpy.zeros(arrays[name].shape, dtype)
-        with pytest.raises(type_check.InvalidType, match=rf'{name}\.dtype == {dtype}'):
+        with pytest.raises(InvalidType, match=rf'{name}\.dtype == {dtype}'):
             deformable_convolution_2d_sampler(**arrays, **self.case.options)
 
     @pytest.mark.parametrize('name', ['x', 'offset', 'W', 'mask', 'b'])
