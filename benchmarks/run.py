@@ -85,7 +85,7 @@ NOTES = (
     'peak_mib is by how much a run makes the resident memory of its process grow, with '
     'its results and with what the contestant sets aside for all runs on the case; '
     'beside_mib is without the results. error is the largest, relative to the largest '
-    'number expected. The matrix product is that of NumPy with its BLAS, on all columns '
+    'number expected. The matrix product is that of NumPy and its BLAS, on all columns '
     'at once: a contestant with a matrix product of its own may be faster.'
 )
 

@@ -40,6 +40,10 @@ THREAD_COLUMNS = 1 << 18
 @functools.cache
 def primitives():
     """The module of the primitives; ``CHAINER_DEFORM_NUMBA=0`` keeps Numba out."""
+    # The GNU C library hands freed arrays back to the system, which fills the next ones
+    # with zeros page by page: up to half of the time. It stops when it saw an array of
+    # this size come and go, and from then on keeps up to twice as much for the next.
+    numpy.empty(31 << 20, numpy.uint8)
     if os.environ.get('CHAINER_DEFORM_NUMBA') != '0':
         try:
             return importlib.import_module('chainer_deform.sampling.cpu_numba')
