@@ -25,6 +25,10 @@ _VECTOR_BYTES = 64 if _features.get('avx512f') else 32 if _features.get('avx2') 
 #: Rows of a block of the product: as many as the vector registers hold.
 _ROWS = 14 if _VECTOR_BYTES == 64 else 6
 
+#: Positions that are sampled kernel position by kernel position: what is known of them
+#: lies next to each other.
+_LINE = 16
+
 #: Terms of the sums of a block, so that what it reads stays in the innermost cache.
 _DEPTH = 384
 
@@ -142,76 +146,76 @@ def _locate(
 @_jit('contract')
 def _gather(image, pixels, weights, scale, i0, i1, p0, p1, columns, add):
     _, og, channels = image.shape
-    row = 0
     for i in range(i0, i1):
-        for p in range(p0, p1):
+        for block in range(p0, p1, _LINE):
             for o in range(og):
                 for k in range(pixels.shape[3]):
-                    tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
-                    bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
-                    tl_w, tr_w = weights[0, i, o, k, p], weights[1, i, o, k, p]
-                    bl_w, br_w = weights[2, i, o, k, p], weights[3, i, o, k, p]
-                    factor = scale[i, o, k, p]
-                    first = (k * og + o) * channels
-                    if add:
-                        for c in range(channels):
-                            columns[row, first + c] += factor * (
-                                tl_w * image[tl, o, c]
-                                + tr_w * image[tr, o, c]
-                                + bl_w * image[bl, o, c]
-                                + br_w * image[br, o, c]
-                            )
-                    else:
-                        for c in range(channels):
-                            columns[row, first + c] = factor * (
-                                tl_w * image[tl, o, c]
-                                + tr_w * image[tr, o, c]
-                                + bl_w * image[bl, o, c]
-                                + br_w * image[br, o, c]
-                            )
-            row += 1
+                    for p in range(block, min(block + _LINE, p1)):
+                        row = (i - i0) * (p1 - p0) + p - p0
+                        tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
+                        bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
+                        tl_w, tr_w = weights[0, i, o, k, p], weights[1, i, o, k, p]
+                        bl_w, br_w = weights[2, i, o, k, p], weights[3, i, o, k, p]
+                        factor = scale[i, o, k, p]
+                        first = (k * og + o) * channels
+                        if add:
+                            for c in range(channels):
+                                columns[row, first + c] += factor * (
+                                    tl_w * image[tl, o, c]
+                                    + tr_w * image[tr, o, c]
+                                    + bl_w * image[bl, o, c]
+                                    + br_w * image[br, o, c]
+                                )
+                        else:
+                            for c in range(channels):
+                                columns[row, first + c] = factor * (
+                                    tl_w * image[tl, o, c]
+                                    + tr_w * image[tr, o, c]
+                                    + bl_w * image[bl, o, c]
+                                    + br_w * image[br, o, c]
+                                )
 
 
 @_jit('contract')
 def _scatter(gimage, pixels, weights, scale, i0, i1, p0, p1, gcolumns):
     _, og, channels = gimage.shape
-    row = 0
     for i in range(i0, i1):
-        for p in range(p0, p1):
+        for block in range(p0, p1, _LINE):
             for o in range(og):
                 for k in range(pixels.shape[3]):
-                    first = (k * og + o) * channels
-                    for corner in range(4):
-                        pixel = pixels[corner, i, o, k, p]
-                        factor = scale[i, o, k, p] * weights[corner, i, o, k, p]
-                        for c in range(channels):
-                            gimage[pixel, o, c] += factor * gcolumns[row, first + c]
-            row += 1
+                    for p in range(block, min(block + _LINE, p1)):
+                        row = (i - i0) * (p1 - p0) + p - p0
+                        first = (k * og + o) * channels
+                        for corner in range(4):
+                            pixel = pixels[corner, i, o, k, p]
+                            factor = scale[i, o, k, p] * weights[corner, i, o, k, p]
+                            for c in range(channels):
+                                gimage[pixel, o, c] += factor * gcolumns[row, first + c]
 
 
 @_jit('contract', 'reassoc')
 def _dot(image, pixels, i0, i1, p0, p1, gcolumns, products):
     _, og, channels = image.shape
-    row = 0
     for i in range(i0, i1):
-        for p in range(p0, p1):
+        for block in range(p0, p1, _LINE):
             for o in range(og):
                 for k in range(pixels.shape[3]):
-                    tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
-                    bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
-                    first = (k * og + o) * channels
-                    tl_dot = tr_dot = bl_dot = br_dot = image.dtype.type(0)
-                    for c in range(channels):
-                        g = gcolumns[row, first + c]
-                        tl_dot += g * image[tl, o, c]
-                        tr_dot += g * image[tr, o, c]
-                        bl_dot += g * image[bl, o, c]
-                        br_dot += g * image[br, o, c]
-                    products[0, i, o, k, p] += tl_dot if tl else 0
-                    products[1, i, o, k, p] += tr_dot if tr else 0
-                    products[2, i, o, k, p] += bl_dot if bl else 0
-                    products[3, i, o, k, p] += br_dot if br else 0
-            row += 1
+                    for p in range(block, min(block + _LINE, p1)):
+                        row = (i - i0) * (p1 - p0) + p - p0
+                        tl, tr = pixels[0, i, o, k, p], pixels[1, i, o, k, p]
+                        bl, br = pixels[2, i, o, k, p], pixels[3, i, o, k, p]
+                        first = (k * og + o) * channels
+                        tl_dot = tr_dot = bl_dot = br_dot = image.dtype.type(0)
+                        for c in range(channels):
+                            g = gcolumns[row, first + c]
+                            tl_dot += g * image[tl, o, c]
+                            tr_dot += g * image[tr, o, c]
+                            bl_dot += g * image[bl, o, c]
+                            br_dot += g * image[br, o, c]
+                        products[0, i, o, k, p] += tl_dot if tl else 0
+                        products[1, i, o, k, p] += tr_dot if tr else 0
+                        products[2, i, o, k, p] += bl_dot if bl else 0
+                        products[3, i, o, k, p] += br_dot if br else 0
 
 
 @_jit('contract')
@@ -271,6 +275,17 @@ def _block(vectors: int):
                     builder.gep(pointer, [offset]), vector.as_pointer()
                 )
 
+            def prefetch(pointer):
+                byte = ir.IntType(8).as_pointer()
+                signature = ir.FunctionType(ir.VoidType(), [byte, int32, int32, int32])
+                function = builder.module.declare_intrinsic(
+                    'llvm.prefetch', [byte], signature
+                )
+                soon, to_write, data = int32(3), int32(1), int32(1)
+                builder.call(
+                    function, [builder.bitcast(pointer, byte), to_write, soon, data]
+                )
+
             last = builder.sub(rows, intp(1))
             a_rows, out_rows = [], []
             for r in range(_ROWS):
@@ -282,9 +297,10 @@ def _block(vectors: int):
                 cgutils.alloca_once(builder, vector) for _ in range(_ROWS * vectors)
             ]
             places = [(r, v) for r in range(_ROWS) for v in range(vectors)]
+            # What is added to is fetched while the sums are taken.
             for slot, (r, v) in zip(block, places):
-                at = at_vector(out, out_rows[r], v)
-                builder.store(builder.load(at, align=alignment), slot)
+                builder.store(ir.Constant(vector, None), slot)
+                prefetch(at_vector(out, out_rows[r], v))
             with cgutils.for_range(builder, depth) as loop:
                 b_row = builder.mul(loop.index, b_step)
                 a_offset = builder.mul(loop.index, a_step)
@@ -306,9 +322,14 @@ def _block(vectors: int):
                             multiply_add, (factor, b_vectors[v], builder.load(slot))
                         )
                         builder.store(total, slot)
-            for slot, (r, v) in zip(block, places):
-                at = at_vector(out, out_rows[r], v)
-                builder.store(builder.load(slot), at, align=alignment)
+            # All are read before one is written: the last row may be among them twice.
+            targets = [at_vector(out, out_rows[r], v) for r, v in places]
+            totals = [
+                builder.fadd(builder.load(at, align=alignment), builder.load(slot))
+                for at, slot in zip(targets, block)
+            ]
+            for at, total in zip(targets, totals):
+                builder.store(total, at, align=alignment)
             return context.get_dummy_value()
 
         return signature, generate
