@@ -23,7 +23,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy
@@ -55,7 +55,7 @@ def primitives():
 def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
     """Returns ``y``; shapes and dtypes are those of the public function."""
     dtype = _compute_dtype(x, offset, W, mask, b)
-    filters = _Filters(geometry, W, dtype)
+    filters = _Filters(geometry, W, dtype, forward=True)
     y = numpy.empty((len(x), len(W), *offset.shape[2:]), x.dtype)
     y_view, offset, mask = _by_position(y, offset, mask)
 
@@ -80,9 +80,10 @@ def backward(
 ) -> dict:
     """Returns the gradients of the arguments named in ``wanted``, and no others."""
     dtype = _compute_dtype(gy, x, offset, W, mask)
-    filters = _Filters(geometry, W, dtype)
-    gradients = _Gradients(wanted, x, offset, mask, filters)
     wanted = set(wanted)
+    need_gcolumns = bool(wanted & {'x', 'offset', 'mask'})
+    filters = _Filters(geometry, W, dtype, backward=need_gcolumns)
+    gradients = _Gradients(wanted, x, offset, mask, filters)
     gy_view, offset, mask = _by_position(gy, offset, mask)
 
     def work(piece):
@@ -97,7 +98,7 @@ def backward(
                 columns = filters.new_columns(tile, scratch)
                 taps.sample(image, tile, columns, weights)
                 filters.differentiate(gy_tile, columns, gfilters, scratch)
-            if wanted & {'x', 'offset', 'mask'}:
+            if need_gcolumns:
                 gcolumns = filters.gcolumns(gy_tile, scratch)
             if 'x' in wanted:
                 taps.scatter(gimage, tile, gcolumns, weights)
@@ -137,10 +138,14 @@ def double_backward(
     ``gg``. What ends in ``_dot`` is such a rate, or the gradient of one.
     """
     dtype = _compute_dtype(gy, x, offset, W, mask, *gg.values())
-    filters = _Filters(geometry, W, dtype)
-    ggfilters = _Filters(geometry, gg['W'], dtype) if 'W' in gg else None
-    gradients = _Gradients(wanted, x, offset, mask, filters)
     wanted = set(wanted)
+    need_gcolumns = bool(wanted & {'x', 'offset', 'mask'})
+    directions = {'forward': 'gy' in wanted, 'backward': need_gcolumns}
+    filters = _Filters(geometry, W, dtype, **directions)
+    ggfilters = None
+    if 'W' in gg:
+        ggfilters = _Filters(geometry, gg['W'], dtype, **directions)
+    gradients = _Gradients(wanted, x, offset, mask, filters)
     ggy = numpy.empty(gy.shape, gy.dtype) if 'gy' in wanted else None
     gy_view, ggy_view, offset, mask, ggoffset, ggmask = _by_position(
         gy, ggy, offset, mask, gg.get('offset'), gg.get('mask')
@@ -181,7 +186,7 @@ def double_backward(
             gy_tile = filters.load(taps.part(gy_view, tile), scratch)
             if 'W' in wanted:
                 filters.differentiate(gy_tile, columns_dot, gfilters, scratch)
-            if not wanted & {'x', 'offset', 'mask'}:
+            if not need_gcolumns:
                 continue
             if rates is not None or ggimage is not None:
                 gcolumns_dot = filters.gcolumns(gy_tile, scratch)
@@ -423,37 +428,40 @@ class _Filters:
     depthwise: then the groups are the last axis.
     """
 
-    def __init__(self, geometry: Geometry, W, dtype) -> None:
-        self.geometry, self.dtype = geometry, dtype
+    def __init__(
+        self, geometry: Geometry, W, dtype, forward=False, backward=False
+    ) -> None:
+        self.dtype = dtype
         self.groups, self.taps = geometry.groups, geometry.taps
         self.group_out, self.group_in = len(W) // self.groups, W.shape[1]
         self.depthwise = self.group_in == 1 < self.groups
-        # (G, oCg, iCg, K)
-        self.W = W.reshape(self.groups, self.group_out, self.group_in, self.taps)
+        W = W.reshape(self.groups, self.group_out, self.group_in, self.taps)
+        self.matrices = self._matrices(W) if forward else None
+        self.transposed = self._transposed(W) if backward else None
 
-    @functools.cached_property
-    def _matrices(self):
+    def _matrices(self, W):
         """From columns to outputs: (G, K * iCg, oCg), or depthwise (K, oCg, G)."""
+        # (G, oCg, iCg, K)
         if self.depthwise:
-            return self.W[:, :, 0].transpose(2, 1, 0).astype(self.dtype, 'C')
+            return W[:, :, 0].transpose(2, 1, 0).astype(self.dtype, 'C')
         matrices = self._empty(self.taps, self.group_in, self.group_out)
         # A few at a time: they are far apart, and cached lines are used up so.
         for first in range(0, self.group_out, 16):
             some = slice(first, min(first + 16, self.group_out))
             # (G, K, iCg, some) from (G, some, iCg, K)
-            matrices[..., some] = self.W[:, some].transpose(0, 3, 2, 1)
+            matrices[..., some] = W[:, some].transpose(0, 3, 2, 1)
         return matrices.reshape(self.groups, self.taps * self.group_in, -1)
 
-    @functools.cached_property
-    def _transposed(self):
+    def _transposed(self, W):
         """From outputs to columns: (G, oCg, K * iCg), or depthwise (oCg, K, G)."""
+        # (G, oCg, iCg, K)
         if self.depthwise:
-            return self.W[:, :, 0].transpose(1, 2, 0).astype(self.dtype, 'C')
+            return W[:, :, 0].transpose(1, 2, 0).astype(self.dtype, 'C')
         used = self.taps * self.group_in
         matrices = self._empty(self.group_out, used)
         # (G, oCg, K, iCg) from (G, oCg, iCg, K)
-        matrices[..., :used].reshape(*self.W.shape[:2], self.taps, -1)[...] = (
-            self.W.swapaxes(2, 3)
+        matrices[..., :used].reshape(*W.shape[:2], self.taps, -1)[...] = W.swapaxes(
+            2, 3
         )
         return matrices
 
@@ -500,20 +508,20 @@ class _Filters:
         """Adds to the outputs the products of columns and filter."""
         if self.depthwise:
             a = columns.reshape(-1, self.taps, self.groups)
-            primitives().matmul_lanes(a, self._matrices, output)
+            primitives().matmul_lanes(a, self.matrices, output)
         else:
             a = self._split(columns, scratch)
-            primitives().matmul(a, self._matrices, output)
+            primitives().matmul(a, self.matrices, output)
 
     def gcolumns(self, gy, scratch):
         """The gradients of columns (R, K * c), of those of outputs."""
         if self.depthwise:
             gcolumns = scratch('gcolumns', len(gy), self.taps, self.groups)
             gcolumns[...] = 0
-            primitives().matmul_lanes(gy, self._transposed, gcolumns)
+            primitives().matmul_lanes(gy, self.transposed, gcolumns)
             return gcolumns.reshape(len(gy), -1)
         R = gy.shape[1]
-        matrices = self._transposed
+        matrices = self.transposed
         gcolumns = scratch('gcolumns', self.groups, R, matrices.shape[2])
         gcolumns[...] = 0
         primitives().matmul(gy, matrices, gcolumns)
@@ -660,19 +668,34 @@ def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:
     position_bytes = dtype.itemsize * (
         40 * geometry.taps * geometry.offset_groups + 3 * c * geometry.sy * geometry.sx
     )
-    count = min(PIECE_BYTES // threads // position_bytes, -(-n * positions // threads))
-    pieces = list(geometry.pieces(n, positions, count))
+    # As many pieces as there are threads, or a multiple of them, all of a size.
+    most = max(1, PIECE_BYTES // position_bytes)
+    rounds = max(1, -(-n * positions // most))
+    pieces = list(
+        geometry.pieces(n, positions, -(-n * positions // (rounds * threads)))
+    )
 
     def quietly(piece):
         with numpy.errstate(all='ignore'):  # NaN and infinity pass, as on a GPU
             return work(piece)
 
-    if threads == 1:
-        yield from map(quietly, pieces)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for i in range(0, len(pieces), threads):
-            yield from pool.map(quietly, pieces[i : i + threads])
+    for i in range(0, len(pieces), threads):
+        others = [_pool().submit(quietly, p) for p in pieces[i + 1 : i + threads]]
+        try:
+            yield quietly(pieces[i])
+        finally:
+            wait(others)
+        yield from (other.result() for other in others)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that wait for work, started when they are first needed."""
+    return ThreadPoolExecutor(os.cpu_count(), 'chainer_deform')
+
+
+if hasattr(os, 'register_at_fork'):  # the threads stay behind
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _compute_dtype(*arrays):

@@ -27,7 +27,7 @@ _ROWS = 14 if _VECTOR_BYTES == 64 else 6
 
 #: Positions that are sampled kernel position by kernel position: what is known of them
 #: lies next to each other.
-_LINE = 16
+_LINE = 8
 
 #: Terms of the sums of a block, so that what it reads stays in the innermost cache.
 _DEPTH = 384

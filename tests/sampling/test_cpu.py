@@ -1,8 +1,11 @@
 """Which version of the primitives the CPU path takes, and what they do alone."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 
 import numpy
 import pytest
@@ -151,3 +154,47 @@ def test_rule_along_an_axis(size):
         if inside:
             assert index + after == point
             assert 0 <= after < 1
+
+
+def test_threads_after_a_fork(monkeypatch):
+    """A child has none of its parent's threads, and starts its own."""
+    if not hasattr(os, 'fork'):
+        pytest.skip('there is no fork')
+    monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 2)
+    monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+    case = Case(n=4, mask=True)
+    expected = cpu.forward(case.geometry, **case.arrays())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Python's, of threads and forks
+        child = os.fork()
+    if not child:
+        y = cpu.forward(case.geometry, **case.arrays())
+        os._exit(0 if (y == expected).all() else 1)
+    for _ in range(600):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail('the child hangs')
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_error_in_a_thread(monkeypatch):
+    """Is raised, once all threads are done."""
+    monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 2)
+    monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+    done = []
+
+    def work(piece):
+        if piece[0].start == 1:
+            raise ValueError('broken')
+        done.append(piece)
+
+    case = Case(n=2)
+    shape = (case.n, case.c, *case.size)
+    with pytest.raises(ValueError, match='broken'):
+        list(cpu._run(work, case.geometry, shape, numpy.dtype('float32')))
+    assert len(done) == 1

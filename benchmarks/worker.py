@@ -1,0 +1,415 @@
+"""One contestant in a process of its own, which ``run.py`` starts and questions.
+
+It reads a JSON object from each line of its input, the name and the arguments of a
+command, and answers with one on a line of its output. It runs under any Python that has
+NumPy and the contestant's own library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+
+import numpy
+
+
+class ChainerDeform:
+    """This package, with Numba where it is importable."""
+
+    interleaved = False
+    libraries = ('chainer_deform', 'chainer', 'numpy', 'scipy', 'numba')
+
+    def __init__(self, threads: int) -> None:
+        import chainer_deform
+
+        self.function = chainer_deform.functions.deformable_convolution_2d_sampler
+
+    def make(self, arrays: dict, options: dict, backward: bool):
+        return chainer_run(self.function, arrays, backward, **options)
+
+
+class ChainerDeformWithoutNumba(ChainerDeform):
+    libraries = ChainerDeform.libraries[:-1]
+
+    def __init__(self, threads: int) -> None:
+        if importlib.util.find_spec('numba') is None:
+            raise ImportError('no Numba, so chainer_deform itself runs without it')
+        os.environ['CHAINER_DEFORM_NUMBA'] = '0'
+        super().__init__(threads)
+
+
+class ChainersOwn:
+    interleaved = False
+    libraries = ('chainer', 'numpy')
+
+    def __init__(self, threads: int) -> None:
+        import chainer_deform  # noqa: F401  (repairs Chainer)
+        import chainer.functions as F  # isort: skip
+
+        self.function = F.deformable_convolution_2d_sampler
+
+    def make(self, arrays, options, backward):
+        if 'mask' in arrays:
+            raise NotImplementedError('has no mask')
+        if options['groups'] > 1 or options['offset_groups'] > 1:
+            raise NotImplementedError('has no groups')
+        return chainer_run(self.function, arrays, backward)
+
+
+class Convolution:
+    """Chainer's ordinary convolution: what the offsets cost."""
+
+    interleaved = False
+    libraries = ('chainer', 'numpy')
+
+    def __init__(self, threads: int) -> None:
+        import chainer_deform  # noqa: F401  (repairs Chainer)
+        import chainer.functions as F  # isort: skip
+
+        self.function = F.convolution_2d
+
+    def make(self, arrays, options, backward):
+        arrays = {name: arrays[name] for name in ('x', 'W', 'b', 'gy')}
+        return chainer_run(self.function, arrays, backward, groups=options['groups'])
+
+
+class MatrixProduct:
+    """The floor: filter times columns and, backward, both gradients of that."""
+
+    interleaved = False
+    libraries = ('numpy',)
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def make(self, arrays, options, backward):
+        groups = options['groups']
+        n, c, h, w = arrays['x'].shape
+        # (G, oCg, iCg * taps), (G, iCg * taps, points), (G, oCg, points)
+        filters = arrays['W'].reshape(groups, len(arrays['W']) // groups, -1)
+        if 'columns' not in arrays:  # given, as the arrays are
+            shape = groups, filters.shape[2], n * h * w
+            columns = numpy.random.RandomState(0).standard_normal(shape)
+            arrays['columns'] = columns.astype('float32')
+        columns = arrays['columns']
+        gy = arrays['gy'].reshape(groups, filters.shape[1], -1)
+
+        def run():
+            results = {'y': filters @ columns}
+            if backward:
+                results['gW'] = gy @ columns.swapaxes(1, 2)
+                results['gcolumns'] = filters.swapaxes(1, 2) @ gy
+            return results
+
+        return run
+
+
+class Torchvision:
+    interleaved = True
+    libraries = ('torch', 'torchvision', 'numpy')
+
+    def __init__(self, threads: int) -> None:
+        import torch
+        import torchvision
+
+        torch.set_num_threads(threads)
+        torch.set_num_interop_threads(1)
+        self.from_numpy = torch.from_numpy
+        self.function = torchvision.ops.deform_conv2d
+
+    def make(self, arrays, options, backward):
+        # The numbers of groups follow from the shapes.
+        pad = arrays['W'].shape[2] // 2
+        tensors = {name: self.from_numpy(array) for name, array in arrays.items()}
+        gy = tensors.pop('gy')
+
+        def run():
+            inputs = {
+                name: tensor.detach().requires_grad_(backward)
+                for name, tensor in tensors.items()
+            }
+            y = self.function(
+                inputs['x'],
+                inputs['offset'],
+                inputs['W'],
+                inputs['b'],
+                padding=pad,
+                mask=inputs.get('mask'),
+            )
+            results = {'y': y.detach()}
+            if backward:
+                y.backward(gy)
+                results.update((f'g{name}', v.grad) for name, v in inputs.items())
+            return results
+
+        return run
+
+
+class Onnxruntime:
+    interleaved = True
+    libraries = ('onnxruntime', 'onnx', 'numpy')
+
+    def __init__(self, threads: int) -> None:
+        import onnx
+        import onnxruntime
+
+        self.onnx, self.onnxruntime, self.threads = onnx, onnxruntime, threads
+
+    def make(self, arrays, options, backward):
+        if backward:
+            raise NotImplementedError('has no backward pass')
+        helper = self.onnx.helper
+        inputs = {name: arrays[name] for name in ('x', 'offset')}
+        if 'mask' in arrays:
+            inputs['mask'] = arrays['mask']
+        float32 = self.onnx.TensorProto.FLOAT
+        pad = arrays['W'].shape[2] // 2
+        node = helper.make_node(
+            'DeformConv',
+            ['x', 'W', 'offset', 'b', *(['mask'] if 'mask' in arrays else [])],
+            ['y'],
+            group=options['groups'],
+            offset_group=options['offset_groups'],
+            pads=[pad] * 4,
+        )
+        graph = helper.make_graph(
+            [node],
+            'graph',
+            [
+                helper.make_tensor_value_info(name, float32, array.shape)
+                for name, array in inputs.items()
+            ],
+            [helper.make_tensor_value_info('y', float32, arrays['gy'].shape)],
+            [
+                self.onnx.numpy_helper.from_array(arrays[name], name)
+                for name in ('W', 'b')
+            ],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid('', 19)], ir_version=9
+        )
+        settings = self.onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = self.threads
+        settings.inter_op_num_threads = 1
+        settings.add_session_config_entry('session.intra_op.allow_spinning', '0')
+        settings.add_session_config_entry('session.inter_op.allow_spinning', '0')
+        session = self.onnxruntime.InferenceSession(
+            model.SerializeToString(), settings, providers=['CPUExecutionProvider']
+        )
+        return lambda: {'y': session.run(None, inputs)[0]}
+
+
+class OpenVino:
+    interleaved = True
+    libraries = ('openvino', 'numpy')
+
+    def __init__(self, threads: int) -> None:
+        import openvino
+        import openvino.opset8
+
+        self.openvino, self.threads = openvino, threads
+
+    def make(self, arrays, options, backward):
+        if backward:
+            raise NotImplementedError('has no backward pass')
+        opset = self.openvino.opset8
+        n, _, h, w = arrays['x'].shape
+        taps = arrays['W'].shape[2] * arrays['W'].shape[3]
+        pad = [arrays['W'].shape[2] // 2] * 2
+        if 'mask' not in arrays:
+            shape = n, options['offset_groups'] * taps, h, w
+            arrays['mask'] = numpy.ones(shape, 'float32')
+        inputs = [arrays[name] for name in ('x', 'offset', 'mask')]
+        x, offset, mask = (opset.parameter(a.shape, numpy.float32) for a in inputs)
+        y = opset.deformable_convolution(
+            x,
+            offset,
+            opset.constant(arrays['W']),
+            [1, 1],
+            pad,
+            pad,
+            [1, 1],
+            mask,
+            group=options['groups'],
+            deformable_group=options['offset_groups'],
+            bilinear_interpolation_pad=True,
+        )
+        y = opset.add(y, opset.constant(arrays['b'].reshape(1, -1, 1, 1)))
+        compiled = self.openvino.Core().compile_model(
+            self.openvino.Model([y], [x, offset, mask]),
+            'CPU',
+            {
+                'INFERENCE_NUM_THREADS': self.threads,
+                'INFERENCE_PRECISION_HINT': 'f32',
+                'NUM_STREAMS': 1,
+                'ENABLE_CPU_PINNING': False,
+            },
+        )
+        return lambda: {'y': compiled(inputs, share_inputs=True, share_outputs=True)[0]}
+
+
+CONTESTANTS = {
+    'chainer_deform': ChainerDeform,
+    'chainer_deform, no Numba': ChainerDeformWithoutNumba,
+    "Chainer's own": ChainersOwn,
+    'torchvision': Torchvision,
+    'onnxruntime': Onnxruntime,
+    'OpenVINO': OpenVino,
+    'F.convolution_2d': Convolution,
+    'matrix product': MatrixProduct,
+}
+
+
+def chainer_run(function, arrays, backward, **options):
+    """A run of a function of Chainer's kind."""
+    import chainer
+
+    pad = arrays['W'].shape[2] // 2
+    arrays = dict(arrays)
+    gy = arrays.pop('gy')
+    order = [name for name in ('x', 'offset', 'W', 'b') if name in arrays]
+
+    def run():
+        inputs = {
+            name: chainer.Variable(array, requires_grad=backward)
+            for name, array in arrays.items()
+        }
+        mask = {name: inputs[name] for name in ('mask',) if name in inputs}
+        y = function(*(inputs[name] for name in order), 1, pad, **mask, **options)
+        results = {'y': y.array}
+        if backward:
+            y.grad = gy
+            y.backward()
+            results.update((f'g{name}', v.grad) for name, v in inputs.items())
+        return results
+
+    return run
+
+
+def interleave(offset, offset_groups: int):
+    """From all x, then all y in each group to pairs of y and x."""
+    n, channels, h, w = offset.shape
+    offset = offset.reshape(n, offset_groups, 2, -1, h, w)[:, :, ::-1].swapaxes(2, 3)
+    return numpy.ascontiguousarray(offset).reshape(n, channels, h, w)
+
+
+def separate(offset, offset_groups: int):
+    """What :func:`interleave` did, undone."""
+    n, channels, h, w = offset.shape
+    offset = offset.reshape(n, offset_groups, -1, 2, h, w).swapaxes(2, 3)[:, :, ::-1]
+    return numpy.ascontiguousarray(offset).reshape(n, channels, h, w)
+
+
+class Commands:
+    """What the parent may ask for, one method per command."""
+
+    def start(self, name: str, threads: int) -> dict:
+        """Imports all; returns the versions of it, and the files of its BLAS."""
+        self.contestant = CONTESTANTS[name](threads)
+        found = {'python': platform.python_version()}
+        for name in self.contestant.libraries:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = getattr(sys.modules.get(name), '__version__', None)
+                found[name] = version or importlib.metadata.version(name)
+        with contextlib.suppress(OSError), open('/proc/self/maps') as maps:
+            names = {os.path.basename(line.split()[-1]) for line in maps}
+            blas = filter(re.compile('lib.*(blas|mkl)').match, names)
+            found['blas'] = ' '.join(sorted(blas))
+        return found
+
+    def load(self, arrays: str, options: dict, backward: bool) -> None:
+        """Prepares to run on the arrays of a file."""
+        self.arguments = None
+        self.run = None
+        with numpy.load(arrays) as archive:
+            arrays = dict(archive)
+        if self.contestant.interleaved:
+            arrays['offset'] = interleave(arrays['offset'], options['offset_groups'])
+        self.offset_groups = options['offset_groups']
+        self.arguments = arrays, options, backward
+        self.run = self.contestant.make(*self.arguments)
+
+    def results(self, path: str) -> None:
+        """Runs, and writes ``y`` and the gradients to a file."""
+        results = {name: numpy.asarray(array) for name, array in self.run().items()}
+        if self.contestant.interleaved and 'goffset' in results:
+            results['goffset'] = separate(results['goffset'], self.offset_groups)
+        numpy.savez(path, **results)
+
+    def time(self, warm: bool = True) -> dict:
+        """Seconds of one run, on the clock and of all cores, after one that warms."""
+        if warm:
+            self.run()
+        wall, cpu = time.perf_counter(), time.process_time()
+        results = self.run()
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        del results
+        return {'wall': wall, 'cpu': cpu}
+
+    def memory(self) -> dict:
+        """Bytes by which a run makes the process grow, and bytes of its results.
+
+        What a contestant sets aside before its first run, for use in all, is included.
+        The median of five: what was free before, but not given back, is missing in one,
+        and what one frees late is too much in the next.
+        """
+        peaks = []
+        try:
+            for _ in range(5):
+                self.run = None
+                trim()
+                before = resident('VmRSS:')
+                self.run = self.contestant.make(*self.arguments)
+                trim()
+                with open('/proc/self/clear_refs', 'w') as file:
+                    file.write('5')  # the peak starts anew
+                results = self.run()
+                peaks.append(resident('VmHWM:') - before)
+                size = sum(numpy.asarray(array).nbytes for array in results.values())
+                del results
+        except OSError:  # not on Linux
+            return {'peak': None}
+        return {'peak': statistics.median(peaks), 'results': size}
+
+
+def trim() -> None:
+    """Gives free memory back to the system, where that can be done."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident(field: str) -> int:
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) << 10 for line in status if field in line)
+
+
+def main() -> None:
+    # Replies have a way of their own: a library that prints does not disturb them.
+    replies = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+
+    commands = Commands()
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        try:
+            reply = getattr(commands, arguments.pop('command'))(**arguments) or {}
+        except NotImplementedError as error:
+            reply = {'error': str(error)}
+        except Exception as error:
+            reply = {'error': f'{type(error).__name__}: {error}'}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == '__main__':
+    main()
