@@ -445,11 +445,8 @@ class _Filters:
         if self.depthwise:
             return W[:, :, 0].transpose(2, 1, 0).astype(self.dtype, 'C')
         matrices = self._empty(self.taps, self.group_in, self.group_out)
-        # A few at a time: they are far apart, and cached lines are used up so.
-        for first in range(0, self.group_out, 16):
-            some = slice(first, min(first + 16, self.group_out))
-            # (G, K, iCg, some) from (G, some, iCg, K)
-            matrices[..., some] = W[:, some].transpose(0, 3, 2, 1)
+        for group, turned in zip(numpy.ascontiguousarray(W, self.dtype), matrices):
+            primitives().turn(group, turned)
         return matrices.reshape(self.groups, self.taps * self.group_in, -1)
 
     def _transposed(self, W):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import numba
+import numpy
 from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -79,6 +80,19 @@ def dot(image, pixels, tile, gcolumns, products) -> None:
     Those with the row of zeros are 0, also for infinite ``gcolumns``.
     """
     _dot(image, pixels, *_ends(tile), gcolumns, products)
+
+
+def turn(filters, matrices) -> None:
+    """``matrices[k, i, o] = filters[o, i, k]``; what else ``matrices`` has, stays."""
+    out_c, in_c, taps = filters.shape
+    # Where in the matrices the numbers of a filter go, in their order.
+    rows = numpy.arange(in_c * taps).reshape(taps, in_c).T.reshape(-1)
+    _turn(
+        filters.reshape(out_c, -1),
+        rows,
+        matrices.reshape(-1, matrices.shape[2]),
+        lanes(filters.dtype),
+    )
 
 
 def matmul(a, b, out, transposed=False) -> None:
@@ -226,6 +240,78 @@ def _matmul_lanes(a, b, out, transposed):
                 for g in range(out.shape[2]):
                     factor = a[k, i, g] if transposed else a[i, k, g]
                     out[i, j, g] += factor * b[k, j, g]
+
+
+@intrinsic
+def _turn_square(typing, source, first, step, target, rows, first_row, width, column):
+    """Moves as many short rows of ``source`` as a vector has numbers, each a vector.
+
+    What they have in common becomes a row of ``target``, of the next in ``rows``.
+    """
+    signature = types.void(
+        source, types.intp, types.intp, target, rows, types.intp, types.intp, types.intp
+    )
+
+    def generate(context, builder, signature, args):
+        source, first, step, target, rows, first_row, width, column = args
+        source, target, rows = (
+            context.make_array(t)(context, builder, array).data
+            for t, array in (
+                (signature.args[0], source),
+                (signature.args[3], target),
+                (signature.args[4], rows),
+            )
+        )
+        size = context.get_abi_sizeof(source.type.pointee)
+        count = _VECTOR_BYTES // size
+        vector = ir.VectorType(source.type.pointee, count)
+        intp, int32 = first.type, ir.IntType(32)
+
+        def at_vector(pointer, offset):
+            return builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer())
+
+        vectors = [
+            builder.load(
+                at_vector(source, builder.add(first, builder.mul(step, intp(r)))),
+                align=size,
+            )
+            for r in range(count)
+        ]
+        # Each round interleaves the first half with the second.
+        zipped = [
+            [int32(start + i // 2 + i % 2 * count) for i in range(count)]
+            for start in (0, count // 2)
+        ]
+        for _ in range(count.bit_length() - 1):
+            vectors = [
+                builder.shuffle_vector(
+                    a, b, ir.Constant(ir.VectorType(int32, count), order)
+                )
+                for a, b in zip(vectors[: count // 2], vectors[count // 2 :])
+                for order in zipped
+            ]
+        for c, turned in enumerate(vectors):
+            at = builder.gep(rows, [builder.add(first_row, intp(c))])
+            row = builder.load(at)
+            offset = builder.add(builder.mul(row, width), column)
+            builder.store(turned, at_vector(target, offset), align=size)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@_jit()
+def _turn(source, rows, target, lanes):
+    height, length = source.shape
+    width = target.shape[1]
+    squares = length // lanes * lanes
+    for r in range(0, height, lanes):
+        if height - r >= lanes:
+            for c in range(0, squares, lanes):
+                _turn_square(source, r * length + c, length, target, rows, c, width, r)
+        for i in range(r, min(r + lanes, height)):
+            for c in range(squares if height - r >= lanes else 0, length):
+                target[rows[c], i] = source[i, c]
 
 
 def _block(vectors: int):

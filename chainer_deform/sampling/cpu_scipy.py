@@ -85,6 +85,14 @@ def dot(image, pixels, tile, gcolumns, products) -> None:
         view += values.reshape(view.shape)
 
 
+def turn(filters, matrices) -> None:
+    """``matrices[k, i, o] = filters[o, i, k]``; what else ``matrices`` has, stays."""
+    # A few at a time: they are far apart, and cached lines are used up so.
+    for first in range(0, len(filters), 16):
+        some = filters[first : first + 16]
+        matrices[..., first : first + len(some)] = some.transpose(2, 1, 0)
+
+
 def matmul(a, b, out, transposed=False) -> None:
     """``out += a @ b``, or with the matrices of ``a`` transposed."""
     out += (a.swapaxes(1, 2) if transposed else a) @ b
