@@ -9,7 +9,7 @@ here = pathlib.Path(__file__).parent
 version = runpy.run_path(str(here / 'chainer_deform' / '_version.py'))['__version__']
 
 fast = ['numba>=0.60']
-plot = ['matplotlib>=3.5']
+plot = ['matplotlib>=3.7']
 examples = ['scikit-learn>=1.1', *plot]
 test = [
     'pytest>=7',

@@ -81,7 +81,8 @@ EXEMPT = 'F.convolution_2d', 'matrix product'
 TOLERANCE = 1e-4
 
 NOTES = (
-    'Times are medians of runs taken in turn, each after one that is not counted. '
+    'Times are medians of runs taken in turn, each after one that is not counted, and '
+    'where it is short the mean of several. '
     'peak_mib is by how much a run makes the resident memory of its process grow, with '
     'its results and with what the contestant sets aside for all runs on the case; '
     'beside_mib is without the results. error is the largest, relative to the largest '
@@ -153,7 +154,7 @@ def compare(args, folder: pathlib.Path):
         print(f'seconds that Numba adds to a first call: {compilation}')
     with contextlib.ExitStack() as stack:
         workers, probes, versions, missing = start(args.threads, folder, stack)
-        rows = []
+        rows, second_order = [], {}
         for name, case in cases.items():
             arrays = random_arrays(case)
             numpy.savez(folder / 'arrays.npz', **arrays)
@@ -175,6 +176,10 @@ def compare(args, folder: pathlib.Path):
                 items = (f'{k} {v}' for k, v in case._asdict().items())
                 print(f'\n{name}, {pass_} ({", ".join(items)})')
                 print(reporting.table(new), flush=True)
+            ours = workers[OURS, min(args.threads)]
+            second_order[name] = ours.ask('second_order')
+            ratio = second_order[name]['second'] / second_order[name]['first']
+            print(f'{name}: the second order takes {ratio:.1f} times the first')
     report = {
         'date': datetime.date.today().isoformat(),
         'machine': machine(),
@@ -185,6 +190,7 @@ def compare(args, folder: pathlib.Path):
         'cases': {name: case._asdict() for name, case in cases.items()},
         'notes': NOTES,
         'numba_compile_s': compilation,
+        'second_order_cpu_s': second_order,
         'rows': rows,
     }
     return report, reporting.picture(report)
@@ -448,7 +454,7 @@ def compile_seconds(folder) -> dict:
         with Worker(OURS, 1, folder, **environment) as worker:
             worker.receive()
             worker.load(case, backward=True)
-            first = worker.ask('time', warm=False)['wall']
+            first = worker.ask('first')['wall']
             seconds[cache] = round(first - worker.ask('time')['wall'], 3)
     return seconds
 

@@ -13,6 +13,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -36,6 +37,29 @@ class ChainerDeform:
 
     def make(self, arrays: dict, options: dict, backward: bool):
         return chainer_run(self.function, arrays, backward, **options)
+
+    def second_order(self, arrays: dict, options: dict) -> dict:
+        """CPU seconds of all first gradients, and of the gradients of all these."""
+        import chainer
+
+        options = {'pad': arrays['W'].shape[2] // 2, **options}
+        inputs = {name: chainer.Variable(array) for name, array in arrays.items()}
+        gy = inputs.pop('gy')
+        y = self.function(**inputs, **options)
+        inputs = list(inputs.values())
+        gradients = []
+
+        def first():
+            gradients[:] = chainer.grad([y], inputs, [gy], enable_double_backprop=True)
+
+        def second():
+            chainer.grad(gradients, [gy, *inputs], inputs)
+
+        seconds = [
+            [stopwatch(run, 0.02)['cpu'] for run in (first, second)] for _ in range(5)
+        ]
+        first, second = (statistics.median(times) for times in zip(*seconds))
+        return {'first': first, 'second': second}
 
 
 class ChainerDeformWithoutNumba(ChainerDeform):
@@ -346,15 +370,20 @@ class Commands:
             results['goffset'] = separate(results['goffset'], self.offset_groups)
         numpy.savez(path, **results)
 
-    def time(self, warm: bool = True) -> dict:
-        """Seconds of one run, on the clock and of all cores, after one that warms."""
-        if warm:
-            self.run()
-        wall, cpu = time.perf_counter(), time.process_time()
-        results = self.run()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        del results
-        return {'wall': wall, 'cpu': cpu}
+    def time(self) -> dict:
+        """Seconds of a run, on the clock and of all cores.
+
+        After one that is not counted; the mean of so many that they take 20 ms.
+        """
+        return stopwatch(self.run, 0.02)
+
+    def first(self) -> dict:
+        """Seconds of the first run."""
+        return stopwatch(self.run)
+
+    def second_order(self) -> dict:
+        """Seconds of all first gradients, and of the gradients of all these."""
+        return self.contestant.second_order(*self.arguments[:2])
 
     def memory(self) -> dict:
         """Bytes by which a run makes the process grow, and bytes of its results.
@@ -380,6 +409,20 @@ class Commands:
         except OSError:  # not on Linux
             return {'peak': None}
         return {'peak': statistics.median(peaks), 'results': size}
+
+
+def stopwatch(run, least: float = 0) -> dict:
+    """Seconds of a run, or the mean of so many, after another, that take ``least``."""
+    count = 1
+    if least:
+        start = time.perf_counter()
+        run()
+        count = max(1, math.ceil(least / (time.perf_counter() - start)))
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        run()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {'wall': wall / count, 'cpu': cpu / count}
 
 
 def trim() -> None:
