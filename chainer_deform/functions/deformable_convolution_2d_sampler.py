@@ -72,9 +72,14 @@ def deformable_convolution_2d_sampler(
 
     Differentiable twice, with respect to ``x``, ``offset``, ``mask``, ``W`` and ``b``.
     On a lattice line, where the derivative jumps, that of the cell to the right or
-    below is taken. Deterministic on the CPU. On a GPU the gradient of ``x`` may differ
-    in its last bits from run to run, unless ``chainer.config.cudnn_deterministic`` is
-    true.
+    below is taken. Deterministic on the CPU, for a given number of threads
+    (``OMP_NUM_THREADS``, else one for each core). On a GPU the gradient of ``x`` may
+    differ in its last bits from run to run, unless
+    ``chainer.config.cudnn_deterministic`` is true.
+
+    On the CPU Numba is used where it can be imported, unless the environment variable
+    ``CHAINER_DEFORM_NUMBA`` is 0 when the function is first called. It compiles for a
+    few seconds then, and keeps what it compiled for the next time.
 
     See `Deformable Convolutional Networks <https://arxiv.org/abs/1703.06211>`_ (Dai et
     al.) and `Deformable ConvNets v2 <https://arxiv.org/abs/1811.11168>`_ (Zhu et al.).

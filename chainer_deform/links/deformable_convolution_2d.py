@@ -58,7 +58,7 @@ class DeformableConvolution2D(chainer.Chain):
     Raises:
         TypeError, ValueError: An option is not made of ints or is out of range.
 
-    Differentiable once; deterministic as its function is. The parameters are
+    Differentiable twice; deterministic as its function is. The parameters are
     ``offset_conv/W``, ``offset_conv/b``, ``deform_conv/W`` and ``deform_conv/b``, so
     that files of Chainer's own layer can be loaded. For a learning rate of
     ``offset_conv``'s own see :func:`chainer_deform.optimizer_hooks.scale_updates`.
@@ -169,7 +169,7 @@ class DeformableConvolution2DSampler(chainer.Link):
     Raises:
         TypeError, ValueError: An option is not made of ints or is out of range.
 
-    Differentiable once; deterministic as its function is. Parameters: ``W``, ``b``.
+    Differentiable twice; deterministic as its function is. Parameters: ``W``, ``b``.
 
     .. seealso:: :func:`chainer_deform.functions.deformable_convolution_2d_sampler`
 
