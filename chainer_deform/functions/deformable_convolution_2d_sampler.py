@@ -176,9 +176,11 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
 
     def _forward(self, sampling, inputs):
         self.retain_inputs(range(len(inputs)))
-        gradients = sampling.backward(
-            self.geometry, self.wanted, **dict(zip(self.names, inputs))
-        )
+        arguments = dict(zip(self.names, inputs))
+        n, _, h, w = arguments['x'].shape
+        y_shape = (n, len(arguments['W']), *self.geometry.out_size(h, w))
+        _check_gradient('y', arguments['gy'], y_shape)
+        gradients = sampling.backward(self.geometry, self.wanted, **arguments)
         return tuple(gradients[name] for name in self.wanted)
 
     def backward(self, indexes, gg):
@@ -223,12 +225,13 @@ class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
         return self._forward(cuda, inputs)
 
     def _forward(self, sampling, inputs):
-        gg, arguments = inputs[: len(self.gg_names)], inputs[len(self.gg_names) :]
+        gg = dict(zip(self.gg_names, inputs))
+        arguments = dict(zip(self.names, inputs[len(gg) :]))
+        for name, array in gg.items():
+            what = f'the gradient of {name}'
+            _check_gradient(what, array, arguments[name].shape)
         gradients = sampling.double_backward(
-            self.geometry,
-            self.wanted,
-            dict(zip(self.gg_names, gg)),
-            **dict(zip(self.names, arguments)),
+            self.geometry, self.wanted, gg, **arguments
         )
         return tuple(gradients[name] for name in self.wanted)
 
@@ -236,6 +239,15 @@ class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
         raise RuntimeError(
             'deformable_convolution_2d_sampler is differentiable twice: gradients of '
             'the gradients of its gradients are not available'
+        )
+
+
+def _check_gradient(what: str, gradient, shape: tuple[int, ...]) -> None:
+    """Checks a gradient that was passed to ``chainer.grad``, which does not."""
+    if gradient.shape != shape or gradient.dtype.char not in 'efd':
+        raise type_check.InvalidType(
+            f'the gradient of {what} has the shape {shape} and a float dtype',
+            f'shape == {gradient.shape} and dtype == {gradient.dtype}',
         )
 
 

@@ -12,7 +12,7 @@ def axis(grid, offset, size, limit):
         grid: Places of the regular grid, integers.
         offset: How far the points are off it, in pixels.
         size: Pixels along the axis.
-        limit: What :func:`point_limit` returns, in the dtype of ``offset``.
+        limit: What :func:`point_limit` returns.
 
     Returns:
         The index of the pixel before the point, how far the point is after it, and
@@ -31,6 +31,9 @@ def axis(grid, offset, size, limit):
     return index, after, before_inside, after_inside
 
 
-def point_limit(grid, size: int) -> int:
-    """An offset that takes every point outside, on either side."""
-    return size + 1 + int(numpy.abs(grid).max())
+def point_limit(grid, size: int, dtype):
+    """An offset, of this dtype, that takes every point outside, on either side."""
+    limit = dtype.type(size + 1 + int(numpy.abs(grid).max()))
+    return numpy.nextafter(
+        limit, dtype.type(numpy.inf)
+    )  # it may have been rounded down

@@ -23,7 +23,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy
@@ -37,13 +37,21 @@ PIECE_BYTES = 16 << 20
 THREAD_COLUMNS = 1 << 18
 
 
+def _quietly(function: Callable) -> Callable:
+    """NaN and infinity pass silently, as on a GPU, in whatever thread it is called."""
+
+    @functools.wraps(function)
+    def quiet(*args, **kwargs):
+        with numpy.errstate(all='ignore'):
+            return function(*args, **kwargs)
+
+    return quiet
+
+
 @functools.cache
 def primitives():
     """The module of the primitives; ``CHAINER_DEFORM_NUMBA=0`` keeps Numba out."""
-    # The GNU C library hands freed arrays back to the system, which fills the next ones
-    # with zeros page by page: up to half of the time. It stops when it saw an array of
-    # this size come and go, and from then on keeps up to twice as much for the next.
-    numpy.empty(31 << 20, numpy.uint8)
+    _keep_freed_memory()
     if os.environ.get('CHAINER_DEFORM_NUMBA') != '0':
         try:
             return importlib.import_module('chainer_deform.sampling.cpu_numba')
@@ -52,6 +60,17 @@ def primitives():
     return importlib.import_module('chainer_deform.sampling.cpu_scipy')
 
 
+def _keep_freed_memory() -> None:
+    """Has the GNU C library keep up to 62 MiB of freed arrays for the next ones.
+
+    It would give them back to the system, which fills the next ones with zeros page by
+    page: up to half of the time. It stops when it saw an array of this size, which no
+    page was taken for, come and go.
+    """
+    numpy.empty(31 << 20, numpy.uint8)
+
+
+@_quietly
 def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
     """Returns ``y``; shapes and dtypes are those of the public function."""
     dtype = _compute_dtype(x, offset, W, mask, b)
@@ -63,7 +82,7 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
         taps = _Taps(geometry, piece, x.shape, offset, mask, dtype)
         image, weights = taps.image(x), taps.weights()
         scratch = _Scratch(dtype)
-        for tile in taps.tiles():
+        for tile in taps.tiles(len(W)):
             columns = filters.new_columns(tile, scratch)
             taps.sample(image, tile, columns, weights)
             output = filters.new_output(tile, b, scratch)
@@ -75,6 +94,7 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
     return y
 
 
+@_quietly
 def backward(
     geometry: Geometry, wanted: Collection[str], gy, x, offset, W, mask=None, b=None
 ) -> dict:
@@ -92,7 +112,7 @@ def backward(
         gimage, gfilters = gradients.new_sums(image)
         products = taps.new_products() if wanted & {'offset', 'mask'} else None
         scratch = _Scratch(dtype)
-        for tile in taps.tiles():
+        for tile in taps.tiles(len(W)):
             gy_tile = filters.load(taps.part(gy_view, tile), scratch)
             if 'W' in wanted:
                 columns = filters.new_columns(tile, scratch)
@@ -117,6 +137,7 @@ def backward(
     return result
 
 
+@_quietly
 def double_backward(
     geometry: Geometry,
     wanted: Collection[str],
@@ -166,8 +187,9 @@ def double_backward(
             products_dot = None if rates is None else taps.new_products()
         scratch = _Scratch(dtype)
 
-        for tile in taps.tiles():
-            if wanted & {'gy', 'W'}:
+        columns_move = rates is not None or ggimage is not None
+        for tile in taps.tiles(len(W)):
+            if wanted & {'gy', 'W'} and columns_move:
                 columns_dot = filters.new_columns(tile, scratch, 'columns_dot')
                 columns_dot[...] = 0
                 if rates is not None:
@@ -176,7 +198,8 @@ def double_backward(
                     taps.sample(ggimage, tile, columns_dot, weights, add=True)
             if 'gy' in wanted:
                 output = filters.new_output(tile, gg.get('b'), scratch)
-                filters.convolve(columns_dot, output, scratch)
+                if columns_move:
+                    filters.convolve(columns_dot, output, scratch)
                 if ggfilters is not None:
                     columns = filters.new_columns(tile, scratch)
                     taps.sample(image, tile, columns, weights)
@@ -184,11 +207,11 @@ def double_backward(
                 filters.store(output, taps.part(ggy_view, tile))
 
             gy_tile = filters.load(taps.part(gy_view, tile), scratch)
-            if 'W' in wanted:
+            if 'W' in wanted and columns_move:
                 filters.differentiate(gy_tile, columns_dot, gfilters, scratch)
             if not need_gcolumns:
                 continue
-            if rates is not None or ggimage is not None:
+            if columns_move:
                 gcolumns_dot = filters.gcolumns(gy_tile, scratch)
                 if 'x' in wanted and rates is not None:
                     taps.scatter(gimage, tile, gcolumns_dot, weights_dot)
@@ -254,7 +277,8 @@ class _Taps:
 
         # A pixel is a row of the images, after the row of zeros. That is where all
         # corners outside are.
-        index_dtype = numpy.int32 if self.images * h * self.w < 2**31 else numpy.int64
+        numbers = (1 + self.images * h * self.w) * geometry.offset_groups
+        index_dtype = numpy.int32 if numbers < 2**31 else numpy.int64
         self.pixels = numpy.empty((4, *offset_x.shape), index_dtype)
         self.row_weights = numpy.empty((2, *offset_x.shape), dtype)
         self.col_weights = numpy.empty((2, *offset_x.shape), dtype)
@@ -273,10 +297,10 @@ class _Taps:
             self.pixels -= first_row * self.w
             numpy.maximum(self.pixels, 0, out=self.pixels)
 
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
+    def tiles(self, out_c: int) -> Iterator[tuple[slice, slice]]:
         """Cuts the piece into slices of its images and of its positions."""
-        position_bytes = self.geometry.taps * self.c * self.dtype.itemsize
-        count = primitives().TILE_BYTES // position_bytes
+        numbers = max(self.geometry.taps * self.c, out_c)
+        count = primitives().TILE_BYTES // (numbers * self.dtype.itemsize)
         return self.geometry.pieces(self.images, self.positions, count)
 
     def part(self, array, tile):
@@ -391,10 +415,10 @@ class _Taps:
     def _of_axes(self, offset):
         """(n, og * 2 * K, P) -> horizontal and vertical (m, og, K, p)."""
         pairs = self.view_of_offset(offset)
-        return pairs[:, :, 0].astype(self.dtype), pairs[:, :, 1].astype(self.dtype)
+        return tuple(pairs[:, :, axis].astype(self.dtype, 'C') for axis in (0, 1))
 
     def _of_mask(self, mask):
-        return self.view_of_mask(mask).astype(self.dtype)
+        return self.view_of_mask(mask).astype(self.dtype, 'C')
 
     def view_of_offset(self, offset):
         """(n, og * 2 * K, P) -> (m, og, 2, K, p)."""
@@ -663,23 +687,24 @@ def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:
     # Of a tap: pixels, weights, dot products, all of them twice, and what they are
     # made from. Of a position: its share of three images.
     position_bytes = dtype.itemsize * (
-        40 * geometry.taps * geometry.offset_groups + 3 * c * geometry.sy * geometry.sx
+        40 * geometry.taps * geometry.offset_groups + -(-3 * c * h * w // positions)
     )
-    # As many pieces as there are threads, or a multiple of them, all of a size.
-    most = max(1, PIECE_BYTES // position_bytes)
-    rounds = max(1, -(-n * positions // most))
-    pieces = list(
-        geometry.pieces(n, positions, -(-n * positions // (rounds * threads)))
-    )
+    most = max(1, PIECE_BYTES // threads // position_bytes)
+    if most >= positions and (n % threads == 0 or n >= 4 * threads):
+        # Whole images: as many pieces as there are threads, or a multiple of them.
+        rounds = max(1, -(-n // (most // positions * threads)))
+        count = -(-n // (rounds * threads)) * positions
+    else:
+        # Parts of images, of which each is shared by the threads.
+        count = -(-positions // threads)
+        count = -(-count // -(-count // most))
+    pieces = list(geometry.pieces(n, positions, count))
 
-    def quietly(piece):
-        with numpy.errstate(all='ignore'):  # NaN and infinity pass, as on a GPU
-            return work(piece)
-
+    work = _quietly(work)
     for i in range(0, len(pieces), threads):
-        others = [_pool().submit(quietly, p) for p in pieces[i + 1 : i + threads]]
+        others = [_start(work, piece) for piece in pieces[i + 1 : i + threads]]
         try:
-            yield quietly(pieces[i])
+            yield work(pieces[i])
         finally:
             wait(others)
         yield from (other.result() for other in others)
@@ -689,6 +714,18 @@ def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:
 def _pool() -> ThreadPoolExecutor:
     """Threads that wait for work, started when they are first needed."""
     return ThreadPoolExecutor(os.cpu_count(), 'chainer_deform')
+
+
+def _start(work: Callable, piece) -> Future:
+    try:
+        return _pool().submit(work, piece)
+    except RuntimeError:  # no thread can be had, as the interpreter ends: here and now
+        future = Future()
+        try:
+            future.set_result(work(piece))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 if hasattr(os, 'register_at_fork'):  # the threads stay behind

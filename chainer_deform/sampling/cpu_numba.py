@@ -7,12 +7,14 @@ result on disk.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import numba
 import numpy
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 from chainer_deform.sampling import bilinear
@@ -20,8 +22,12 @@ from chainer_deform.sampling import bilinear
 #: Bytes that the columns of a tile may take: they stay in the cache of a core.
 TILE_BYTES = 2 << 20
 
-_features = binding.get_host_cpu_features()
-_VECTOR_BYTES = 64 if _features.get('avx512f') else 32 if _features.get('avx2') else 16
+if numba.config.DISABLE_JIT:
+    raise ImportError('Numba is switched off')
+
+# Of the CPU that is compiled for, which need not be the one that compiles.
+_features = cpu_target.target_context.codegen().magic_tuple()[2].split(',')
+_VECTOR_BYTES = 64 if '+avx512f' in _features else 32 if '+avx2' in _features else 16
 
 #: Rows of a block of the product: as many as the vector registers hold.
 _ROWS = 14 if _VECTOR_BYTES == 64 else 6
@@ -55,7 +61,7 @@ def locate(grids, offsets, sizes, pixels, row_weights, col_weights) -> tuple[int
     Returns the first and the last row that a point touches; (0, -1) if none does.
     """
     limits = (
-        offset.dtype.type(bilinear.point_limit(grid, size))
+        bilinear.point_limit(grid, size, offset.dtype)
         for grid, offset, size in zip(grids, offsets, sizes)
     )
     first, last = _locate(
@@ -86,7 +92,7 @@ def turn(filters, matrices) -> None:
     """``matrices[k, i, o] = filters[o, i, k]``; what else ``matrices`` has, stays."""
     out_c, in_c, taps = filters.shape
     # Where in the matrices the numbers of a filter go, in their order.
-    rows = numpy.arange(in_c * taps).reshape(taps, in_c).T.reshape(-1)
+    rows = numpy.arange(in_c * taps, dtype=numpy.intp).reshape(taps, in_c).T.reshape(-1)
     _turn(
         filters.reshape(out_c, -1),
         rows,
@@ -96,7 +102,11 @@ def turn(filters, matrices) -> None:
 
 
 def matmul(a, b, out, transposed=False) -> None:
-    """``out += a @ b``, or with the matrices of ``a`` transposed."""
+    """``out += a @ b``, or with the matrices of ``a`` transposed.
+
+    The rows of ``b`` and ``out`` are of whole vectors. Those of ``a`` may be longer
+    than ``b`` has rows: what is more in them is left out.
+    """
     _matmul(a, b, out, transposed, lanes(out.dtype))
 
 
@@ -115,9 +125,17 @@ def _jit(*fastmath):
     def decorate(function):
         options = {'nogil': True, 'fastmath': set(fastmath)}
         try:
-            return numba.njit(cache=True, **options)(function)
+            compiled = numba.njit(cache=True, **options)(function)
         except RuntimeError:
             return numba.njit(**options)(function)
+        save = compiled._cache.save_overload
+
+        def save_if_there_is_room(*args):
+            with contextlib.suppress(OSError):
+                save(*args)
+
+        compiled._cache.save_overload = save_if_there_is_room
+        return compiled
 
     return decorate
 
@@ -125,36 +143,46 @@ def _jit(*fastmath):
 _axis = _jit()(bilinear.axis)
 
 
-@_jit()
-def _locate(
-    grid_y, grid_x, offset_y, offset_x, h, w, limit_y, limit_x,
-    pixels, row_weights, col_weights,
-):  # fmt: skip
-    images, groups, taps, positions = offset_y.shape
-    first, last = h, -1
-    for i in range(images):
-        for o in range(groups):
-            for k in range(taps):
-                for p in range(positions):
-                    y, below, top, low = _axis(
-                        grid_y[k, p], offset_y[i, o, k, p], h, limit_y
-                    )
-                    x, right_of, left, right = _axis(
-                        grid_x[k, p], offset_x[i, o, k, p], w, limit_x
-                    )
-                    row_weights[0, i, o, k, p] = 1 - below if top else 0
-                    row_weights[1, i, o, k, p] = below if low else 0
-                    col_weights[0, i, o, k, p] = 1 - right_of if left else 0
-                    col_weights[1, i, o, k, p] = right_of if right else 0
-                    pixel = 1 + (i * h + y) * w + x
-                    pixels[0, i, o, k, p] = pixel if top and left else 0
-                    pixels[1, i, o, k, p] = pixel + 1 if top and right else 0
-                    pixels[2, i, o, k, p] = pixel + w if low and left else 0
-                    pixels[3, i, o, k, p] = pixel + w + 1 if low and right else 0
-                    if top or low:
-                        first = min(first, y if top else y + 1)
-                        last = max(last, y + 1 if low else y)
-    return first, last
+def _make_locate(rule: bytes):
+    """``rule`` tells one version of the rule from another, for Numba's cache."""
+
+    @_jit()
+    def locate(
+        grid_y, grid_x, offset_y, offset_x, h, w, limit_y, limit_x,
+        pixels, row_weights, col_weights,
+    ):  # fmt: skip
+        rule  # noqa: B018
+        images, groups, taps, positions = offset_y.shape
+        first, last = h, -1
+        for i in range(images):
+            for o in range(groups):
+                for k in range(taps):
+                    for p in range(positions):
+                        y, below, top, low = _axis(
+                            grid_y[k, p], offset_y[i, o, k, p], h, limit_y
+                        )
+                        x, right_of, left, right = _axis(
+                            grid_x[k, p], offset_x[i, o, k, p], w, limit_x
+                        )
+                        row_weights[0, i, o, k, p] = 1 - below if top else 0
+                        row_weights[1, i, o, k, p] = below if low else 0
+                        col_weights[0, i, o, k, p] = 1 - right_of if left else 0
+                        col_weights[1, i, o, k, p] = right_of if right else 0
+                        pixel = 1 + (i * h + y) * w + x
+                        pixels[0, i, o, k, p] = pixel if top and left else 0
+                        pixels[1, i, o, k, p] = pixel + 1 if top and right else 0
+                        pixels[2, i, o, k, p] = pixel + w if low and left else 0
+                        pixels[3, i, o, k, p] = pixel + w + 1 if low and right else 0
+                        if top or low:
+                            first = min(first, y if top else y + 1)
+                            last = max(last, y + 1 if low else y)
+        return first, last
+
+    return locate
+
+
+_code = bilinear.axis.__code__
+_locate = _make_locate(repr((_code.co_code, _code.co_consts, _code.co_names)).encode())
 
 
 @_jit('contract')
@@ -244,9 +272,12 @@ def _matmul_lanes(a, b, out, transposed):
 
 @intrinsic
 def _turn_square(typing, source, first, step, target, rows, first_row, width, column):
-    """Moves as many short rows of ``source`` as a vector has numbers, each a vector.
+    """Turns over a square of as many rows and columns as a vector has numbers.
 
-    What they have in common becomes a row of ``target``, of the next in ``rows``.
+    All arrays are contiguous, ``first`` is where the square starts in ``source`` and
+    ``step`` the length of its rows. A column of the square becomes a part, from
+    ``column`` on, of that row of ``target``, of length ``width``, that ``rows`` says,
+    from ``first_row`` on.
     """
     signature = types.void(
         source, types.intp, types.intp, target, rows, types.intp, types.intp, types.intp
@@ -317,9 +348,11 @@ def _turn(source, rows, target, lanes):
 def _block(vectors: int):
     """A function that adds to a block of ``_ROWS`` rows by ``vectors`` vectors.
 
-    The block stays in registers while the sums are taken, which no loop over arrays
-    could tell the compiler. Rows past the last one are the last one again: they end
-    with the same numbers.
+    It adds the products of ``depth`` columns of ``a`` and rows of ``b``. All arrays are
+    contiguous; ``..._at`` is where they start, ``..._row`` how far their rows are apart
+    and ``..._step`` what they are multiplied along. The block stays in registers while
+    the sums are taken, which no loop over arrays could tell the compiler. Rows past the
+    last of ``rows`` are the last one again: they end with the same numbers.
     """
 
     @intrinsic

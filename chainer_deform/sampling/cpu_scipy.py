@@ -37,7 +37,7 @@ def locate(grids, offsets, sizes, pixels, row_weights, col_weights) -> tuple[int
     for grid, offset, size, weights in zip(
         grids, offsets, sizes, (row_weights, col_weights)
     ):
-        limit = offset.dtype.type(point_limit(grid, size))
+        limit = point_limit(grid, size, offset.dtype)
         index, after, before_inside, after_inside = axis(grid, offset, size, limit)
         weights[0] = numpy.where(before_inside, 1 - after, 0)
         weights[1] = numpy.where(after_inside, after, 0)

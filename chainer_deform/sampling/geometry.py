@@ -68,10 +68,11 @@ class Geometry:
         """Cuts the output into pieces of at most ``count`` positions.
 
         Each is a slice of the ``n`` images and one of their output positions: several
-        whole images if they are small, else a part of one.
+        whole images if they are small, else a part of one, all about as large.
         """
         images = max(1, count // positions)
-        count = min(max(1, count), positions)
+        parts = -(-positions // max(1, count))
+        count = -(-positions // parts)
         for i in range(0, n, images):
             for p in range(0, positions, count):
                 yield (
@@ -96,7 +97,7 @@ class Geometry:
         for name, array_type in types.items():
             shapes[name] = type_check.eval(array_type.shape)
             dtype = type_check.eval(array_type.dtype)
-            if dtype.kind != 'f':
+            if dtype.char not in 'efd':
                 raise type_check.InvalidType(
                     f'{name}.dtype is float16, float32 or float64',
                     f'{name}.dtype == {dtype}',

@@ -216,6 +216,18 @@ class TestNotFinite:
         assert not gradients['offset'][1, :, 2, 3].any()
         assert not gradients['mask'][1, :, 2, 3].any()
 
+    @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, 3e38, -3e38])
+    def test_infinite_offset_of_a_huge_grid(self, value):
+        """Where float32 does not have all whole numbers any more."""
+        y = deformable_convolution_2d_sampler(
+            numpy.ones((1, 1, 3, 1), 'f'),
+            numpy.full((1, 2, 2, 1), value, 'f'),
+            numpy.ones((1, 1, 1, 1), 'f'),
+            stride=(2**27, 1),
+            pad=(2**26, 0),
+        )
+        assert not y.array.any()
+
     @pytest.mark.parametrize('dtype', ['float16', 'float32'])
     def test_largest_offsets_of_other_dtypes(self, dtype):
         arrays = self.case.arrays(dtype)
@@ -323,6 +335,16 @@ class TestArrays:
         for name, gradient in gradients.items():
             assert_close(threads[name], gradient, name)
 
+    def test_numbers_too_large_pass_silently(self):
+        case = Case(c=64)
+        arrays, gy = case.arrays('float16'), case.gy('float16')
+        arrays['x'][...] = arrays['W'][...] = gy[...] = 6e4
+        gy[0, 0, 0, 0], gy[0, 0, 0, 1] = numpy.inf, -numpy.inf
+        with numpy.errstate(all='raise'):
+            y, gradients = run(arrays, case.options, gy)
+        assert numpy.isinf(y).any()
+        assert numpy.isnan(gradients['b'][0])
+
     @pytest.mark.parametrize('threads', [1, 2, 3])
     def test_deterministic(self, threads, monkeypatch):
         """Whatever thread is done first: many points share pixels, of all pieces."""
@@ -382,8 +404,10 @@ class TestArrays:
             Case(n=1, c=64, out_c=2, size=(256, 256), ksize=(3, 3), pad=(1, 1)),
             # One row of outputs alone would have columns of 26 MB.
             Case(n=1, c=128, out_c=1, size=(7, 512), ksize=(5, 20)),
+            Case(n=99, c=64, out_c=2, size=(40, 40), ksize=(2, 2), dilate=(38, 38)),
+            Case(n=1, c=1, out_c=256, size=(200, 300), ksize=(1, 1), bias=False),
         ],
-        ids=['many channels', 'large image', 'large kernel'],
+        ids=['channels', 'image', 'kernel', 'few positions', 'filters'],
     )
     @pytest.mark.parametrize('threads', [1, 2])
     def test_memory_is_bounded(self, case, threads, primitives, monkeypatch):
@@ -495,11 +519,11 @@ class TestErrors:
             deformable_convolution_2d_sampler(**arrays, **self.case.options)
 
     @pytest.mark.parametrize('name', ['x', 'offset', 'W', 'mask', 'b'])
-    @pytest.mark.parametrize('dtype', ['int64', 'bool', 'complex128'])
+    @pytest.mark.parametrize('dtype', ['int64', 'bool', 'complex128', 'longdouble'])
     def test_dtype(self, name, dtype):
         arrays = self.case.arrays()
         arrays[name] = numpy.zeros(arrays[name].shape, dtype)
-        with pytest.raises(InvalidType, match=rf'{name}\.dtype == {dtype}'):
+        with pytest.raises(InvalidType, match=rf'{name}\.dtype == '):
             deformable_convolution_2d_sampler(**arrays, **self.case.options)
 
     @pytest.mark.parametrize('name', ['x', 'offset', 'W', 'mask', 'b'])

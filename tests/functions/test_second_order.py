@@ -1,11 +1,14 @@
 """Gradients of the gradients of the function."""
 
+import re
+
 import chainer
 import chainer.functions as F
 import chainer.links as L
 import numpy
 import pytest
 from chainer import gradient_check
+from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
@@ -195,6 +198,37 @@ class TestGraph:
             rtol=1e-4,
             atol=1e-4,
         )
+
+    @pytest.mark.parametrize('type_check', [True, False])
+    @pytest.mark.parametrize(
+        'shape', [(1, 4, 3, 6), (2, 4, 3, 5), (2, 4, 1, 1), (2, 4, 6, 12), (4, 3, 6)]
+    )
+    def test_shape_of_the_gradient_passed_in(self, shape, type_check):
+        """Which Chainer does not check."""
+        case = CASES['plain']
+        x = chainer.Variable(case.arrays()['x'])
+        arguments = case.arrays()
+        del arguments['x']
+        with chainer.using_config('type_check', type_check):
+            y = deformable_convolution_2d_sampler(x, **arguments, **case.options)
+            gy = chainer.Variable(numpy.zeros(shape))
+            match = r'(?s)gradient of y has the shape \(2, 4, 3, 6\).*' + re.escape(
+                str(shape)
+            )
+            with pytest.raises(InvalidType, match=match):
+                chainer.grad([y], [x], [gy])
+
+    @pytest.mark.parametrize('shape', [(1, 3, 5, 7), (2, 3, 5, 8), (2, 3, 1, 1)])
+    def test_shape_of_the_second_gradient_passed_in(self, shape):
+        case = CASES['plain']
+        x = chainer.Variable(case.arrays()['x'])
+        W = chainer.Variable(case.arrays()['W'])
+        offset = case.arrays()['offset']
+        y = deformable_convolution_2d_sampler(x, offset, W)
+        gy = chainer.Variable(numpy.ones_like(y.array))
+        (gx,) = chainer.grad([y], [x], [gy], enable_double_backprop=True)
+        with pytest.raises(InvalidType, match=r'gradient of the gradient of x'):
+            chainer.grad([gx], [W], [chainer.Variable(numpy.zeros(shape))])
 
     def test_no_third_order(self):
         case = CASES['plain']

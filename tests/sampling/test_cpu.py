@@ -1,6 +1,8 @@
 """Which version of the primitives the CPU path takes, and what they do alone."""
 
 import os
+import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -44,18 +46,19 @@ def primitives_of_a_program(before='', after='', **environment):
             SAMPLE.format(before=before, after=after),
         ],
         env={**os.environ, **environment},
+        cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stderr
+    assert (run.returncode, run.stderr) == (0, '')
     return run.stdout.strip().rpartition('.')[2]
 
 
 class TestChoice:
     def test_numba_where_it_can_be_imported(self):
+        """But only when it is needed: that takes a while."""
         pytest.importorskip('numba', exc_type=ImportError)
-        """Only when it is needed: it takes a while to import."""
         after = "assert 'numba' not in sys.modules"
         name = primitives_of_a_program(after=after, CHAINER_DEFORM_NUMBA='1')
         assert name == 'cpu_numba'
@@ -77,6 +80,75 @@ numba.core.caching.CacheImpl._locator_classes = []
 """
         name = primitives_of_a_program(before, CHAINER_DEFORM_NUMBA='1')
         assert name == 'cpu_numba'
+
+    def test_scipy_where_nothing_is_to_be_compiled(self):
+        name = primitives_of_a_program(NUMBA_DISABLE_JIT='1', CHAINER_DEFORM_NUMBA='1')
+        assert name == 'cpu_scipy'
+
+    def test_no_room_for_what_is_compiled(self, tmp_path):
+        pytest.importorskip('numba', exc_type=ImportError)
+        before = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+"""
+        name = primitives_of_a_program(
+            before, NUMBA_CACHE_DIR=str(tmp_path), CHAINER_DEFORM_NUMBA='1'
+        )
+        assert name == 'cpu_numba'
+
+    @pytest.mark.parametrize('cpu_name', ['generic', 'haswell'])
+    def test_other_cpus(self, cpu_name, tmp_path):
+        """With narrower vectors, and with none of multiplication and addition."""
+        pytest.importorskip('numba', exc_type=ImportError)
+        if platform.machine() not in ('x86_64', 'AMD64'):
+            pytest.skip(f'{cpu_name} is another kind of CPU')
+        after = """
+from tests.cases import CASES, assert_close
+from tests import reference
+for name in 'all', 'depthwise', 'plain':
+    case = CASES[name]
+    for dtype in 'float32', 'float64':
+        arrays, gy = case.arrays(dtype), case.gy(dtype)
+        y = cpu.forward(case.geometry, **arrays)
+        gradients = cpu.backward(case.geometry, set(arrays), gy, **arrays)
+        expected_y, expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **case.options, gy=gy
+        )
+        assert_close(y, expected_y, 'y')
+        for argument, gradient in gradients.items():
+            assert_close(gradient, expected[argument], argument)
+"""
+        name = primitives_of_a_program(
+            after=after,
+            NUMBA_CPU_NAME=cpu_name,
+            NUMBA_CPU_FEATURES='' if cpu_name == 'generic' else '+avx2,+fma,+avx,+sse',
+            NUMBA_CACHE_DIR=str(tmp_path),
+            CHAINER_DEFORM_NUMBA='1',
+        )
+        assert name == 'cpu_numba'
+
+    @pytest.mark.parametrize('numba', ['0', '1'])
+    def test_while_the_interpreter_ends(self, numba):
+        """No thread can be had then."""
+        after = """
+import threading
+cpu.THREAD_COLUMNS = 1
+cpu.primitives().thread_count = lambda: 2
+def work():
+    threading.main_thread().join()
+    x = numpy.ones((4, 2, 5, 4), 'f')
+    y = deformable_convolution_2d_sampler(
+        x, numpy.zeros((4, 18, 3, 2), 'f'), numpy.ones((3, 2, 3, 3), 'f')
+    )
+    assert (y.array == 18).all()
+    sys.stdout.flush()
+    import os
+    os.write(1, b'done ')
+threading.Thread(target=work).start()
+"""
+        name = primitives_of_a_program(after=after, CHAINER_DEFORM_NUMBA=numba)
+        assert name.endswith('done')
 
 
 class TestNumba:
@@ -131,6 +203,17 @@ def test_work_is_cut_for_the_threads(monkeypatch):
     assert count(Case(n=1, size=(9, 9))) == 1
     assert count(Case(n=1, c=64, size=(56, 56))) == 2
     assert count(Case(n=4, c=16, size=(56, 56))) == 2
+    # As three images would be two for one thread, one for the other.
+    assert count(Case(n=3, c=16, size=(56, 56))) == 6
+    assert count(Case(n=0, size=(56, 56))) == 0
+
+
+def test_pieces_of_an_image_are_about_as_large():
+    geometry = Case().geometry
+    pieces = list(geometry.pieces(2, 100, 75))
+    assert pieces == [
+        (slice(i, i + 1), slice(p, p + 50)) for i in (0, 1) for p in (0, 50)
+    ]
 
 
 @pytest.mark.parametrize('size', [1, 5])
@@ -138,7 +221,7 @@ def test_rule_along_an_axis(size):
     """For arrays and for single numbers, which is what Numba compiles."""
     grid = numpy.arange(-2, 3)[:, None]
     offset = numpy.array([0, 0.25, -1.5, numpy.nan, numpy.inf, -numpy.inf, 3e38, -2])
-    limit = float(bilinear.point_limit(grid, size))
+    limit = bilinear.point_limit(grid, size, offset.dtype)
     with numpy.errstate(invalid='ignore'):
         found = bilinear.axis(grid, offset, size, limit)
     for i, j in numpy.ndindex(5, 8):
