@@ -33,8 +33,9 @@ from chainer_deform.sampling.geometry import Geometry
 #: Bytes that taps and images may take, of all pieces worked on at the same time.
 PIECE_BYTES = 16 << 20
 
-#: Numbers in the columns that are worth a thread of their own.
-THREAD_COLUMNS = 1 << 18
+#: Multiplications that are worth a thread of their own. With less to do, threads lose
+#: more than they gain: by waiting for each other between the steps, and to be woken.
+THREAD_WORK = 1 << 28
 
 
 def _quietly(function: Callable) -> Callable:
@@ -89,7 +90,7 @@ def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
             filters.convolve(columns, output, scratch)
             filters.store(output, taps.part(y_view, tile))
 
-    for _ in _run(work, geometry, x.shape, dtype):
+    for _ in _run(work, geometry, x.shape, len(W), dtype):
         pass
     return y
 
@@ -129,7 +130,7 @@ def backward(
         return taps, gimage, gfilters
 
     if wanted - {'b'}:
-        for sums in _run(work, geometry, x.shape, dtype):
+        for sums in _run(work, geometry, x.shape, len(W), dtype):
             gradients.add(*sums)
     result = gradients.result(x, W)
     if 'b' in wanted:
@@ -234,7 +235,7 @@ def double_backward(
             gradients.set_of_taps(taps, *slopes)
         return taps, gimage, gfilters
 
-    for sums in _run(work, geometry, x.shape, dtype):
+    for sums in _run(work, geometry, x.shape, len(W), dtype):
         gradients.add(*sums)
     result = gradients.result(x, W)
     if 'gy' in wanted:
@@ -675,15 +676,16 @@ class _Scratch:
         return array[:size].reshape(shape)
 
 
-def _run(work: Callable, geometry: Geometry, x_shape, dtype) -> Iterator:
+def _run(work: Callable, geometry: Geometry, x_shape, out_c: int, dtype) -> Iterator:
     """Does the work piece by piece, on several threads; yields what comes out in order.
 
     As many pieces as there are threads are worked on at the same time.
     """
     n, c, h, w = x_shape
     positions = math.prod(geometry.out_size(h, w))
-    columns = n * positions * geometry.taps * c
-    threads = min(primitives().thread_count(), 1 + columns // THREAD_COLUMNS)
+    # Of a number of the columns: its products, and about as much as these to sample it.
+    work_size = n * positions * geometry.taps * c * (out_c // geometry.groups + 32)
+    threads = min(primitives().thread_count(), max(1, work_size // THREAD_WORK))
     # Of a tap: pixels, weights, dot products, all of them twice, and what they are
     # made from. Of a position: its share of three images.
     position_bytes = dtype.itemsize * (

@@ -328,7 +328,7 @@ class TestArrays:
     def test_threads_do_not_matter(self, case, monkeypatch):
         arrays, gy = case.arrays(), case.gy()
         y, gradients = run(arrays, case.options, gy)
-        monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+        monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
         monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 3)
         threads_y, threads = run(arrays, case.options, gy)
         assert_close(threads_y, y, 'y')
@@ -348,7 +348,7 @@ class TestArrays:
     @pytest.mark.parametrize('threads', [1, 2, 3])
     def test_deterministic(self, threads, monkeypatch):
         """Whatever thread is done first: many points share pixels, of all pieces."""
-        monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+        monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
         monkeypatch.setattr(cpu, 'PIECE_BYTES', 60_000)
         monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: threads)
         case = Case(n=1, c=8, out_c=8, size=(21, 18), ksize=(3, 3), pad=(1, 1))

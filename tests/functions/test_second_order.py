@@ -149,7 +149,7 @@ class TestArrays:
         arrays, gy = case.arrays(), case.gy()
         gg = random_gg(arrays)
         expected = second_order(arrays, case.options, gy, gg)
-        monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+        monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
         monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 3)
         found = second_order(arrays, case.options, gy, gg)
         for name in {'gy', *arrays} - {'b'}:

@@ -133,7 +133,7 @@ for name in 'all', 'depthwise', 'plain':
         """No thread can be had then."""
         after = """
 import threading
-cpu.THREAD_COLUMNS = 1
+cpu.THREAD_WORK = 1
 cpu.primitives().thread_count = lambda: 2
 def work():
     threading.main_thread().join()
@@ -197,14 +197,16 @@ def test_work_is_cut_for_the_threads(monkeypatch):
     def count(case):
         shape = (case.n, case.c, *case.size)
         dtype = numpy.dtype('float32')
-        pieces[:] = cpu._run(lambda piece: piece, case.geometry, shape, dtype)
+        pieces[:] = cpu._run(
+            lambda piece: piece, case.geometry, shape, case.out_c, dtype
+        )
         return len(pieces)
 
     assert count(Case(n=1, size=(9, 9))) == 1
-    assert count(Case(n=1, c=64, size=(56, 56))) == 2
-    assert count(Case(n=4, c=16, size=(56, 56))) == 2
+    assert count(Case(n=1, c=256, out_c=256, size=(56, 56))) == 2
+    assert count(Case(n=4, c=32, out_c=600, size=(56, 56))) == 2
     # As three images would be two for one thread, one for the other.
-    assert count(Case(n=3, c=16, size=(56, 56))) == 6
+    assert count(Case(n=3, c=32, out_c=600, size=(56, 56))) == 6
     assert count(Case(n=0, size=(56, 56))) == 0
 
 
@@ -244,7 +246,7 @@ def test_threads_after_a_fork(monkeypatch):
     if not hasattr(os, 'fork'):
         pytest.skip('there is no fork')
     monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 2)
-    monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+    monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
     case = Case(n=4, mask=True)
     expected = cpu.forward(case.geometry, **case.arrays())
     with warnings.catch_warnings():
@@ -268,7 +270,7 @@ def test_threads_after_a_fork(monkeypatch):
 def test_error_in_a_thread(monkeypatch):
     """Is raised, once all threads are done."""
     monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 2)
-    monkeypatch.setattr(cpu, 'THREAD_COLUMNS', 1)
+    monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
     done = []
 
     def work(piece):
@@ -279,5 +281,5 @@ def test_error_in_a_thread(monkeypatch):
     case = Case(n=2)
     shape = (case.n, case.c, *case.size)
     with pytest.raises(ValueError, match='broken'):
-        list(cpu._run(work, case.geometry, shape, numpy.dtype('float32')))
+        list(cpu._run(work, case.geometry, shape, 4, numpy.dtype('float32')))
     assert len(done) == 1
