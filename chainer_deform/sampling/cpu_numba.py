@@ -270,6 +270,16 @@ def _matmul_lanes(a, b, out, transposed):
                     out[i, j, g] += factor * b[k, j, g]
 
 
+def _with_pointers(context, builder, kinds, args) -> list:
+    """What a compiled function was given, with the memory of arrays in their place."""
+    return [
+        context.make_array(kind)(context, builder, arg).data
+        if isinstance(kind, types.Array)
+        else arg
+        for kind, arg in zip(kinds, args)
+    ]
+
+
 @intrinsic
 def _turn_square(typing, source, first, step, target, rows, first_row, width, column):
     """Turns over a square of as many rows and columns as a vector has numbers.
@@ -284,14 +294,8 @@ def _turn_square(typing, source, first, step, target, rows, first_row, width, co
     )
 
     def generate(context, builder, signature, args):
-        source, first, step, target, rows, first_row, width, column = args
-        source, target, rows = (
-            context.make_array(t)(context, builder, array).data
-            for t, array in (
-                (signature.args[0], source),
-                (signature.args[3], target),
-                (signature.args[4], rows),
-            )
+        source, first, step, target, rows, first_row, width, column = _with_pointers(
+            context, builder, signature.args, args
         )
         size = context.get_abi_sizeof(source.type.pointee)
         count = _VECTOR_BYTES // size
@@ -366,15 +370,12 @@ def _block(vectors: int):
         )
 
         def generate(context, builder, signature, args):
+            args = _with_pointers(context, builder, signature.args, args)
             a, a_at, a_row, a_step, b, b_at, b_step, *args = args
             out, out_at, out_row, rows, depth = args
             a, b, out = (
-                builder.gep(context.make_array(t)(context, builder, array).data, [at])
-                for t, array, at in (
-                    (signature.args[0], a, a_at),
-                    (signature.args[4], b, b_at),
-                    (signature.args[7], out, out_at),
-                )
+                builder.gep(array, [at])
+                for array, at in ((a, a_at), (b, b_at), (out, out_at))
             )
             number = a.type.pointee
             count = _VECTOR_BYTES // context.get_abi_sizeof(number)
