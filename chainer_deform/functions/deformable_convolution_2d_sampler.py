@@ -185,7 +185,7 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
 
     def backward(self, indexes, gg):
         gg = {name: array for name, array in zip(self.wanted, gg) if array is not None}
-        # The gradients are linear in the bias, which is not among what they are of.
+        # No gradient depends on the bias.
         wanted = tuple(self.names[i] for i in indexes if self.names[i] != 'b')
         node = DeformableConvolution2DSamplerDoubleGrad(
             self.geometry, tuple(gg), self.names, wanted
