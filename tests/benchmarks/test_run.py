@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import numpy
 import pytest
@@ -20,7 +21,9 @@ ALWAYS_THERE = {'chainer_deform', "Chainer's own", 'F.convolution_2d', 'matrix p
 def bench(monkeypatch):
     """``run.py`` as a module."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import run
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # those of matplotlib's libraries
+        import run
 
     return run
 
