@@ -34,6 +34,5 @@ def axis(grid, offset, size, limit):
 def point_limit(grid, size: int, dtype):
     """An offset, of this dtype, that takes every point outside, on either side."""
     limit = dtype.type(size + 1 + int(numpy.abs(grid).max()))
-    return numpy.nextafter(
-        limit, dtype.type(numpy.inf)
-    )  # it may have been rounded down
+    # The next larger one, as it may have been rounded down.
+    return numpy.nextafter(limit, dtype.type(numpy.inf))

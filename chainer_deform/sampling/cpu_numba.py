@@ -93,12 +93,7 @@ def turn(filters, matrices) -> None:
     out_c, in_c, taps = filters.shape
     # Where in the matrices the numbers of a filter go, in their order.
     rows = numpy.arange(in_c * taps, dtype=numpy.intp).reshape(taps, in_c).T.reshape(-1)
-    _turn(
-        filters.reshape(out_c, -1),
-        rows,
-        matrices.reshape(-1, matrices.shape[2]),
-        lanes(filters.dtype),
-    )
+    _turn(filters.reshape(out_c, -1), rows, matrices.reshape(-1, matrices.shape[2]))
 
 
 def matmul(a, b, out, transposed=False) -> None:
@@ -107,7 +102,7 @@ def matmul(a, b, out, transposed=False) -> None:
     The rows of ``b`` and ``out`` are of whole vectors. Those of ``a`` may be longer
     than ``b`` has rows: what is more in them is left out.
     """
-    _matmul(a, b, out, transposed, lanes(out.dtype))
+    _matmul(a, b, out, transposed)
 
 
 def matmul_lanes(a, b, out, transposed=False) -> None:
@@ -336,7 +331,8 @@ def _turn_square(typing, source, first, step, target, rows, first_row, width, co
 
 
 @_jit()
-def _turn(source, rows, target, lanes):
+def _turn(source, rows, target):
+    lanes = _VECTOR_BYTES // source.itemsize
     height, length = source.shape
     width = target.shape[1]
     squares = length // lanes * lanes
@@ -461,7 +457,8 @@ _add_block_1, _add_block_2 = _block(1), _block(2)
 
 
 @_jit()
-def _matmul(a, b, out, transposed, lanes):
+def _matmul(a, b, out, transposed):
+    lanes = _VECTOR_BYTES // out.itemsize
     groups, rows, columns = out.shape
     a_row, a_step = (1, a.shape[2]) if transposed else (a.shape[2], 1)
     for g in range(groups):

@@ -117,7 +117,8 @@ def _matrix(image, pixels, weights, tile):
 def _pixel_index(image, pixels, tile):
     """The rows of :func:`_pixel_rows` that the taps of a tile read at one corner."""
     og = image.shape[1]
-    return (_by_tap(pixels, tile).reshape(-1, og) * og + numpy.arange(og)).reshape(-1)
+    groups = numpy.arange(og, dtype=pixels.dtype)
+    return (_by_tap(pixels, tile).reshape(-1, og) * og + groups).reshape(-1)
 
 
 def _pixel_rows(image):
