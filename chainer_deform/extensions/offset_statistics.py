@@ -1,0 +1,237 @@
+"""How far the offsets of every deformable layer move its points, for the log."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import chainer
+import numpy
+from chainer import backend, training
+
+from chainer_deform.link_hooks import named_layers, sampling_call
+from chainer_deform.sampling.locations import outside
+
+
+class OffsetStatistics(training.Extension):
+    """Trainer extension that reports how far offsets move the sampling points.
+
+    By itself it finds the deformable layers of all models that are trained. It measures
+    every training pass through them (``chainer.config.train`` is true; the passes of an
+    evaluator do not count), and reports once an epoch, in time for :class:`LogReport
+    <chainer.training.extensions.LogReport>` and what reads it. Of each layer, by the
+    name of the optimizer, ``main`` if there is one, and the layer's path in its model:
+
+    - ``main/predictor/conv/offset_mean``: mean length of the offsets ``(y, x)``, in
+      pixels of the layer's input,
+    - ``main/predictor/conv/offset_max``: the largest length,
+    - ``main/predictor/conv/points_outside``: share of the sampling points that lie at
+      or beyond -1 or the side of the layer's input, where they read zeros, infinite
+      ones among them,
+    - ``main/predictor/conv/offsets_not_finite``: share of the offsets that are infinite
+      or NaN.
+
+    Mean and maximum are over the finite offsets of all passes since the last report,
+    and 0 if there is none. A layer that was not called is not reported; nor is anything
+    if there is no deformable layer.
+
+    A warning is given, once for each layer, when an offset is longer than
+    ``warn_above`` or not finite: offsets that explode never come back, as points
+    outside the image pass no gradient.
+
+    It costs a few passes over the offsets of each layer. On a GPU the results stay
+    there, and are looked at and warned of when they are reported. A snapshot holds what
+    was measured since the last report. With several processes, each reports its own.
+
+    To report at other times give ``trainer.extend`` a trigger, the one of the
+    ``LogReport``: ``trainer.extend(OffsetStatistics(), trigger=(100, 'iteration'))``.
+
+    Args:
+        warn_above (float or None): Length in pixels. If ``None``, the longer side of
+            the layer's input. ``float('inf')`` warns only of offsets that are not
+            finite.
+
+    Raises:
+        ValueError: ``warn_above`` is not a positive number.
+
+    .. seealso:: :func:`chainer_deform.optimizer_hooks.scale_updates`, what helps
+        against offsets that explode.
+
+    .. admonition:: Example
+
+        >>> import tempfile
+        >>> from chainer import training
+        >>> from chainer.training.extensions import LogReport
+        >>> class Model(chainer.Chain):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         with self.init_scope():
+        ...             self.conv = chainer_deform.links.DeformableConvolution2D(
+        ...                 1, 4, 3, pad=1)
+        ...     def forward(self, x):
+        ...         return chainer.functions.mean(self.conv(x) ** 2)
+        >>> optimizer = chainer.optimizers.SGD().setup(Model())
+        >>> images = np.random.uniform(0, 1, (6, 1, 8, 10)).astype(np.float32)
+        >>> iterator = chainer.iterators.SerialIterator(images, 2)
+        >>> updater = training.updaters.StandardUpdater(iterator, optimizer)
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     trainer = training.Trainer(updater, (1, 'epoch'), out)
+        ...     trainer.extend(chainer_deform.extensions.OffsetStatistics())
+        ...     trainer.extend(LogReport())
+        ...     trainer.run()
+        >>> log = trainer.get_extension('LogReport').log
+        >>> bool(log[0]['main/conv/offset_max'] >= log[0]['main/conv/offset_mean'])
+        True
+
+    """
+
+    trigger = 1, 'epoch'
+    priority = training.PRIORITY_WRITER
+
+    def __init__(self, warn_above: float | None = None) -> None:
+        if warn_above is not None and not warn_above > 0:
+            raise ValueError(f'warn_above must be a positive number, not {warn_above}')
+        self._warn_above = warn_above
+        self._hooks: dict[str, _Measure] = {}
+        self._resumed: dict[str, list[float]] = {}
+
+    def initialize(self, trainer: training.Trainer) -> None:
+        self._remove_hooks()  # of a run that another extension kept from starting
+        found = set()
+        for name, optimizer in trainer.updater.get_all_optimizers().items():
+            for path, link in named_layers(optimizer.target).items():
+                if id(link) not in found:  # two optimizers may have the same model
+                    found.add(id(link))
+                    key = f'{name}/{path}'.rstrip('/')
+                    hook = _Measure(key, link, self._warn_above)
+                    hook.totals = self._resumed.get(key, hook.totals)
+                    self._hooks[key] = hook
+                    link.add_hook(hook)
+
+    def __call__(self, trainer: training.Trainer) -> None:
+        for hook in self._hooks.values():
+            hook.warn()
+            chainer.report(hook.report())
+
+    def finalize(self) -> None:
+        self._remove_hooks()
+        self._resumed = {}
+
+    def serialize(self, serializer) -> None:
+        if isinstance(serializer, chainer.Serializer):
+            totals = {
+                key: [float(total) for total in hook.totals]  # copied from the GPU
+                for key, hook in self._hooks.items()
+            }
+            serializer('_totals', json.dumps(totals))
+        else:
+            try:
+                self._resumed = json.loads(serializer('_totals', '') or '{}')
+            except KeyError:
+                warnings.warn('The offset statistics are not saved.', stacklevel=2)
+            for key, hook in self._hooks.items():  # if loaded after initialize()
+                hook.totals = self._resumed.get(key, hook.totals)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks.values():
+            if hook.name in hook.link.local_link_hooks:
+                hook.link.delete_hook(hook.name)
+        self._hooks = {}
+
+
+class _Measure(chainer.LinkHook):
+    """Adds up what is reported of one layer.
+
+    ``totals`` are the number of offsets, that of the finite ones, the sum of their
+    lengths, the largest of them, and the number of points outside. On a GPU all but the
+    first are arrays without axes there, so that nothing has to wait for it.
+    """
+
+    nothing = 0, 0, 0.0, 0.0, 0
+
+    def __init__(self, key: str, link: chainer.Link, warn_above: float | None) -> None:
+        self.name = f'OffsetStatistics {id(self)}'  # two trainers may have the model
+        self.link = link
+        self.totals = self.nothing
+        self._key = key
+        self._warn_above = warn_above
+        self._warned = False
+        self._x_size = 0, 0  # the largest
+
+    def forward_postprocess(self, args) -> None:
+        # A copy of the link, on another GPU say, shares its hooks.
+        if not chainer.config.train or args.link is not self.link:
+            return
+        call = sampling_call(args, self._key)
+        if not call.offset.size:
+            return
+        self._x_size = max(self._x_size, call.x_shape[2:], key=max)
+        xp = backend.get_array_module(call.offset)
+        with numpy.errstate(all='ignore'), chainer.using_device(self.link.device):
+            new = self._measure(xp, call)
+            count, finite, total, largest, outside_count = self.totals
+            self.totals = (
+                count + new[0],
+                finite + new[1],
+                total + new[2],
+                xp.maximum(largest, new[3]),
+                outside_count + new[4],
+            )
+        if xp is numpy:
+            self.warn()
+
+    def _measure(self, xp, call) -> tuple:
+        points = call.locations()
+        # (n, offset groups, x or y, points); hypot does not overflow
+        offset = call.offset.reshape(len(points), points.shape[1], 2, -1)
+        offset = offset.astype(points.dtype, copy=False)
+        length = xp.hypot(offset[:, :, 0], offset[:, :, 1])
+        finite = xp.isfinite(length)
+        length = xp.where(finite, length, 0)
+        return (
+            length.size,
+            xp.count_nonzero(finite),
+            length.sum(dtype=numpy.float64),
+            length.max(),
+            xp.count_nonzero(outside(points, call.x_shape[2:], axis=3)),
+        )
+
+    def warn(self) -> None:
+        """Warns, once, of offsets that are too long; waits for a GPU."""
+        if self._warned or not max(self._x_size):
+            return
+        count, finite, _, largest, _ = self.totals
+        limit = max(self._x_size) if self._warn_above is None else self._warn_above
+        if finite < count:
+            problem = (
+                f'{int(count - finite):,} of {int(count):,} offsets are not finite'
+            )
+        elif largest > limit:
+            problem = f'an offset is {float(largest):,.1f} pixels long'
+        else:
+            return
+        self._warned = True
+        warnings.warn(
+            f'{self._key}: {problem}, where the input of the layer has '
+            f'{self._x_size[0]} x {self._x_size[1]} pixels. Points outside it read '
+            'zeros and get no gradient, so they stay there. To have what predicts the '
+            'offsets learn more slowly: '
+            'chainer_deform.optimizer_hooks.scale_updates(layer.offset_conv, 0.1)',
+            stacklevel=2,
+        )
+
+    def report(self) -> dict:
+        """What is reported, by key; starts anew."""
+        count, finite, total, largest, outside_count = self.totals
+        self.totals = self.nothing
+        if not count:
+            return {}
+        xp = backend.get_array_module(finite)
+        with chainer.using_device(self.link.device):
+            values = {
+                'offset_mean': total / xp.maximum(finite, 1),
+                'offset_max': largest,
+                'points_outside': outside_count / count,
+                'offsets_not_finite': (count - finite) / count,
+            }
+        return {f'{self._key}/{name}': value for name, value in values.items()}

@@ -1,0 +1,243 @@
+"""Pictures of the sampling points of every deformable layer, epoch by epoch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+
+import chainer
+import numpy
+from chainer import training
+from chainer.backends import cuda
+from chainer.utils import tempdir, type_check
+
+from chainer_deform import visualize
+from chainer_deform.link_hooks import SamplingCall, SamplingHook
+from chainer_deform.sampling.geometry import integer
+from chainer_deform.sampling.locations import receptive_points
+
+
+class SamplingPointsReport(training.Extension):
+    """Trainer extension that draws where the deformable layers read some images.
+
+    Once an epoch it runs the model on the images and writes one picture, with a row for
+    each image and a column for each call of a deformable layer: the layer's sampling
+    points over the image, in a colour for each of some output pixels. If the last
+    layers follow on each other, so that each has an output of the size and channels
+    that the next reads, another column has the points that the last one reads through
+    all of these (see :func:`chainer_deform.receptive_points`). Convolutions without
+    offsets before or between the layers are not traced: a layer's input is taken to lie
+    over the whole image evenly.
+
+    Training goes on as without it: the model runs in test mode
+    (``chainer.config.train`` is false) without a graph, so that nothing is learnt and
+    no statistics of a batch normalisation change; what it reports is dropped, and
+    NumPy's random generator is put back. Where there is no deformable layer, nothing is
+    written; where there is no Matplotlib, a warning says so when the extension is made,
+    and it does nothing.
+
+    Args:
+        images (:ref:`ndarray`, tuple, or list of them): What to run the model on: an
+            image of shape ``(c, h, w)``, an example of a data set whose first item is
+            one, such as ``(image, label)``, or a list of these, or several images in an
+            array of shape ``(n, c, h, w)``. All of the same shape, on the CPU, as the
+            model reads them.
+        pixels (sequence of pairs of ints): Where to look: pixels ``(y, x)`` of the
+            image. In each layer the output pixel that lies there is drawn. If ``None``,
+            the middle of the image, and between there and the corners at the upper left
+            and lower right.
+        target (~chainer.Link): The model, called with an array ``(n, c, h, w)``. If
+            ``None``, the target of the optimizer ``'main'`` or, where this has one, its
+            ``predictor``, as a :class:`~chainer.links.Classifier` does.
+        filename (str): Name of the picture in the directory of the trainer, formatted
+            with the trainer as the one of :func:`chainer.training.extensions.snapshot`
+            is. Its ending is the format. The picture appears there when it is complete.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong kind, or a pixel is outside.
+        chainer.utils.type_check.InvalidType: The images do not have the shape.
+
+    .. seealso:: :func:`chainer_deform.visualize.plot_sampling_points`
+
+    .. admonition:: Example
+
+        >>> images = np.random.uniform(0, 1, (2, 1, 28, 28)).astype(np.float32)
+        >>> report = chainer_deform.extensions.SamplingPointsReport(images)
+        >>> report.trigger
+        (1, 'epoch')
+
+        and then ``trainer.extend(report)``.
+
+    """
+
+    trigger = 1, 'epoch'
+
+    def __init__(
+        self,
+        images,
+        pixels: Sequence[tuple[int, int]] | None = None,
+        *,
+        target: chainer.Link | None = None,
+        filename: str = 'sampling_points_epoch_{.updater.epoch}.png',
+    ) -> None:
+        self._images = _batch(images)
+        self._pixels = _image_pixels(pixels, self._images.shape[2:])
+        self._target = target
+        self._filename = filename
+        self._available = importlib.util.find_spec('matplotlib') is not None
+        if not self._available:
+            warnings.warn(
+                'SamplingPointsReport draws nothing without Matplotlib: '
+                "pip install 'chainer-deform[plot]'",
+                stacklevel=2,
+            )
+
+    def __call__(self, trainer: training.Trainer) -> None:
+        if not self._available:
+            return
+        target = self._target
+        if target is None:
+            target = trainer.updater.get_optimizer('main').target
+            target = getattr(target, 'predictor', target)
+        calls = self._run(target, trainer)
+        if calls:
+            path = os.path.join(trainer.out, self._filename.format(trainer))
+            figure = self._draw(calls)
+            figure.suptitle(
+                f'Epoch {trainer.updater.epoch}, iteration {trainer.updater.iteration}'
+            )
+            _save(figure, path)
+
+    def _run(self, target: chainer.Link, trainer) -> list[SamplingCall]:
+        """The calls of the deformable layers for the images; leaves no trace."""
+        hook = SamplingHook(target)
+        hook.name = f'SamplingPointsReport {id(hook)}'  # beside one of the user's
+        state = numpy.random.get_state()
+        test_mode = chainer.using_config('train', False)
+        quietly = trainer.reporter.scope({})
+        try:
+            with test_mode, chainer.no_backprop_mode(), quietly, hook:
+                target(target.device.send(self._images))
+        finally:
+            numpy.random.set_state(state)
+        return [call for call in hook.calls if len(call.offset) == len(self._images)]
+
+    def _draw(self, calls: list[SamplingCall]):
+        """A figure with a row for each image and a column for each call."""
+        from matplotlib.figure import Figure
+
+        images, size = self._images, numpy.array(self._images.shape[2:])
+        points = [cuda.to_cpu(call.locations()) for call in calls]
+        below = _stack(calls)
+        columns = len(calls) + (below < len(calls) - 1)
+        height, width = 3.6 * size / size.max() + (0.9, 1.3)
+        figure = Figure((columns * width, len(images) * height), layout='constrained')
+        axes = figure.subplots(len(images), columns, squeeze=False)
+        for i, row in enumerate(axes):
+            for call, array, ax in zip(calls, points, row):
+                pixels = _output_pixels(self._pixels, size, call.offset.shape[2:])
+                _draw_panel(
+                    images[i],
+                    array[i],
+                    pixels,
+                    [call.centre(*pixel) for pixel in pixels],
+                    size / call.x_shape[2:],
+                    call.name,
+                    ax,
+                )
+            if columns > len(calls):  # pixels are those of the last layer
+                layers = [array[i] for array in points[below:]]
+                centres = pixels
+                for call in reversed(calls[below:]):
+                    centres = [call.centre(*centre) for centre in centres]
+                _draw_panel(
+                    images[i],
+                    [receptive_points(layers, *pixel) for pixel in pixels],
+                    pixels,
+                    centres,
+                    size / calls[below].x_shape[2:],
+                    f'through the last {len(layers)} layers',
+                    row[-1],
+                )
+        return figure
+
+
+def _draw_panel(image, points, pixels, centres, scale, title, ax) -> None:
+    visualize.plot_sampling_points(
+        image, points, pixels, centres=centres, scale=scale, ax=ax
+    )
+    ax.set_title(title + ax.get_title().removeprefix('Sampling points'))
+
+
+def _stack(calls: list[SamplingCall]) -> int:
+    """The first of the last calls that each read what the call before may have made."""
+    first = len(calls) - 1
+    while first:
+        above, call = calls[first], calls[first - 1]
+        if above.x_shape[1:] != (call.link.out_channels, *call.offset.shape[2:]):
+            break
+        first -= 1
+    return first
+
+
+def _output_pixels(pixels, size, out_size) -> list[tuple[int, int]]:
+    """The pixels of an output that lie over pixels of the image."""
+    places = (numpy.array(pixels) + 0.5) * out_size / size
+    return [tuple(place) for place in places.astype(int).tolist()]
+
+
+def _batch(images) -> numpy.ndarray:
+    """The images of an array, an example or a list of these, as one array."""
+    if isinstance(images, list):
+        arrays = [_image(example) for example in images]
+        if not arrays or len({array.shape for array in arrays}) > 1:
+            shapes = sorted({array.shape for array in arrays})
+            raise ValueError(f'images must be of one shape, not of the shapes {shapes}')
+        batch = numpy.stack(arrays)
+    else:
+        array = _image(images)
+        batch = array[None] if array.ndim == 3 else array
+    if batch.ndim != 4 or not batch.size:
+        raise type_check.InvalidType(
+            'images.shape == (c, h, w), or (n, c, h, w)',
+            f'images.shape == {batch.shape}',
+        )
+    return batch
+
+
+def _image(example) -> numpy.ndarray:
+    """The image of an example, which may be a tuple of it and a label."""
+    image = chainer.as_array(example[0] if isinstance(example, tuple) else example)
+    if not isinstance(image, chainer.get_array_types()):
+        raise TypeError(
+            'images must be arrays or examples that begin with one, '
+            f'not a {type(image).__name__}'
+        )
+    return cuda.to_cpu(image)
+
+
+def _image_pixels(pixels, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The pixels to look at, checked."""
+    h, w = size
+    if pixels is None:
+        return [(h // 2, w // 2), (h // 4, w // 4), (h * 3 // 4, w * 3 // 4)]
+    pixels = [
+        tuple(integer('pixels', v, 0, 'pairs of ints') for v in p) for p in pixels
+    ]
+    if not pixels or any(len(p) != 2 or p[0] >= h or p[1] >= w for p in pixels):
+        raise ValueError(
+            f'pixels must be pairs (y, x) inside the images of {h} by {w} pixels, '
+            f'not {pixels}'
+        )
+    return pixels
+
+
+def _save(figure, path: str) -> None:
+    """Writes a picture, which appears at its place when it is complete."""
+    directory, name = os.path.split(path)
+    os.makedirs(directory, exist_ok=True)
+    with tempdir(prefix=name, dir=directory) as beside:
+        figure.savefig(os.path.join(beside, name), dpi=110)
+        os.replace(os.path.join(beside, name), path)

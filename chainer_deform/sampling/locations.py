@@ -1,0 +1,212 @@
+"""Where a deformable convolution reads its image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import chainer
+import numpy
+from chainer import backend
+from chainer.utils import type_check
+
+from chainer_deform.sampling.geometry import Geometry, integer
+
+
+def sampling_locations(
+    offset, ksize, stride=1, pad=0, dilate=1, offset_groups: int = 1
+):
+    """The sampling points of a deformable convolution, in pixels of its input.
+
+    Tap ``(i, j)`` of the kernel at output ``(oy, ox)`` reads the image at row ``oy * sy
+    - ph + i * dy + offset_y`` and column ``ox * sx - pw + j * dx + offset_x``. With
+    zero offsets these are the points of a plain convolution.
+
+    Args:
+        offset (:class:`~chainer.Variable` or :ref:`ndarray`): Offsets in pixels, of
+            shape ``(n, offset_groups * 2 * kh * kw, out_h, out_w)``, as for the
+            function: for each offset group first the ``kh * kw`` horizontal ones, then
+            the ``kh * kw`` vertical ones. Any float dtype. ``n`` may be 0.
+        ksize (int or pair of ints): Size ``(kh, kw)`` of the kernel.
+        stride (int or pair of ints): Step ``(sy, sx)`` between outputs, in pixels.
+        pad (int or pair of ints): Zeros ``(ph, pw)`` around the image, in pixels.
+        dilate (int or pair of ints): Step ``(dy, dx)`` between taps, in pixels.
+        offset_groups (int): Number of groups of input channels with offsets of their
+            own.
+
+    Returns:
+        :ref:`ndarray`: Points of shape ``(n, offset_groups, kh * kw, 2, out_h,
+        out_w)``; axis 3 is ``(y, x)``. Where ``offset`` lies, and of its dtype, but
+        float32 for float16. An infinite or NaN offset gives an infinite or NaN point.
+
+    Raises:
+        TypeError: ``offset`` is no array, or an option is not made of ints.
+        ValueError: An option is out of range.
+        chainer.utils.type_check.InvalidType: The shape or dtype of ``offset`` does not
+            fit.
+
+    Not differentiable; deterministic.
+
+    .. seealso:: :func:`chainer_deform.receptive_points`,
+        :func:`chainer_deform.visualize.plot_sampling_points`
+
+    .. admonition:: Example
+
+        >>> offset = np.zeros((1, 2 * 3 * 3, 5, 7), np.float32)
+        >>> offset[:, 9:] = 0.5  # all points half a pixel down
+        >>> points = chainer_deform.sampling_locations(offset, 3, pad=1)
+        >>> points.shape
+        (1, 1, 9, 2, 5, 7)
+        >>> points[0, 0, 0, :, 2, 4]  # of the first tap at output (2, 4)
+        array([1.5, 3. ], dtype=float32)
+
+    """
+    geometry = Geometry(ksize, stride, pad, dilate, offset_groups=offset_groups)
+    offset = float_array('offset', offset)
+    channels = 2 * geometry.offset_groups * geometry.taps
+    if offset.ndim != 4 or offset.shape[1] != channels:
+        raise type_check.InvalidType(
+            f'offset.shape == (n, {channels}, out_h, out_w) for '
+            f'ksize == {geometry.kh, geometry.kw} and '
+            f'offset_groups == {geometry.offset_groups}',
+            f'offset.shape == {offset.shape}',
+        )
+    xp = backend.get_array_module(offset)
+    n, _, out_h, out_w = offset.shape
+    dtype = numpy.promote_types(offset.dtype, numpy.float32)
+    # (n, offset group, x or y, tap, out_h, out_w)
+    offset = offset.reshape(n, geometry.offset_groups, 2, geometry.taps, out_h, out_w)
+    with chainer.using_device(backend.get_device_from_array(offset)):
+        points = xp.empty(
+            (n, geometry.offset_groups, geometry.taps, 2, out_h, out_w), dtype
+        )
+        grid_y, grid_x = _grid(xp, geometry, out_h, out_w, dtype)
+        xp.add(offset[:, :, 1], grid_y, out=points[:, :, :, 0], dtype=dtype)
+        xp.add(offset[:, :, 0], grid_x, out=points[:, :, :, 1], dtype=dtype)
+    return points
+
+
+def receptive_points(layers: Sequence, y: int, x: int):
+    """The points of the first layer's input that an output pixel of the last reads.
+
+    Starts at output pixel ``(y, x)`` of the last layer and goes down: each sampling
+    point of a layer stands for the nearest output pixel of the layer below (of two, the
+    one below or to the right), whose sampling points come next. Three layers of 3 x 3
+    kernels give 9 * 9 * 9 = 729 points, as in the figures of the paper. A point that
+    reads zeros, as it lies at or beyond -1 or the side of the output below, reaches
+    nothing and is left out, and so is one that is not finite; a point that more than
+    one path leads to is there as many times.
+
+    Each layer has to read the output of the one before, or something of the same size
+    such as its ReLU. A plain convolution between them takes part with zero offsets: put
+    ``sampling_locations(zeros, ...)[0]`` at its place.
+
+    Args:
+        layers (sequence of :ref:`ndarray`): The sampling points of one image in each
+            layer, the first layer first: arrays of shape ``(offset_groups, kh * kw, 2,
+            out_h, out_w)``, as ``sampling_locations(...)[i]``. Any float dtypes.
+        y (int): Row of the output pixel.
+        x (int): Column of the output pixel.
+
+    Returns:
+        :ref:`ndarray`: Points ``(y, x)`` in pixels of the first layer's input, of shape
+        ``(points, 2)``: as many as the product of the layers' ``offset_groups * kh *
+        kw``, less those left out. They may lie outside the image.
+
+    Raises:
+        TypeError: A layer is no array, or ``y`` or ``x`` is no int.
+        ValueError: There is no layer, or the last has no output pixel ``(y, x)``.
+        chainer.utils.type_check.InvalidType: The shape or dtype of a layer does not
+            fit.
+
+    .. seealso:: :func:`chainer_deform.sampling_locations`
+
+    .. admonition:: Example
+
+        >>> offset = np.zeros((1, 2 * 3 * 3, 14, 14), np.float32)
+        >>> points = chainer_deform.sampling_locations(offset, 3, pad=1)[0]
+        >>> [len(chainer_deform.receptive_points([points] * count, 7, 7))
+        ...  for count in (1, 2, 3)]
+        [9, 81, 729]
+
+    """
+    layers = [float_array(f'layers[{i}]', layer) for i, layer in enumerate(layers)]
+    if not layers:
+        raise ValueError('layers must have at least one layer')
+    for i, layer in enumerate(layers):
+        if layer.ndim != 5 or layer.shape[2] != 2:
+            raise type_check.InvalidType(
+                f'layers[{i}].shape == (offset_groups, kh * kw, 2, out_h, out_w)',
+                f'layers[{i}].shape == {layer.shape}',
+            )
+    y, x = integer('y', y, minimum=0), integer('x', x, minimum=0)
+    out_h, out_w = layers[-1].shape[3:]
+    if y >= out_h or x >= out_w:
+        raise ValueError(
+            f'y and x must be inside the output of the last layer, {out_h} by {out_w} '
+            f'pixels, but are {y} and {x}'
+        )
+    with chainer.using_device(backend.get_device_from_array(layers[-1])):
+        return _trace(layers, y, x)
+
+
+def _trace(layers: list, y: int, x: int):
+    """The work of :func:`receptive_points`, once all is checked."""
+    xp = backend.get_array_module(layers[-1])
+    points = xp.array([[y, x]], float)
+    for layer in reversed(layers):
+        size = layer.shape[3:]
+        points = points[~outside(points, size, axis=1)]
+        # The nearest pixel of the output: a point may lie less than 1 beside it.
+        last = xp.array(size) - 1
+        rows, columns = xp.clip(xp.floor(points + 0.5).astype(numpy.int64), 0, last).T
+        # (offset_groups, taps, 2, points) -> (points, offset_groups, taps, 2)
+        points = layer[:, :, :, rows, columns].transpose(3, 0, 1, 2).reshape(-1, 2)
+        points = points[xp.isfinite(points).all(axis=1)]
+    return points
+
+
+def outside(points, size: tuple[int, int], axis: int):
+    """Which points read nothing but zeros of an image of ``size`` pixels; no NaN.
+
+    Args:
+        points: Points with ``(y, x)`` along ``axis``.
+        size: Height and width.
+        axis: An axis, not counted from the end.
+
+    Returns:
+        Array of bools, without ``axis``.
+
+    """
+    before = (slice(None),) * axis
+    v, u = points[(*before, 0)], points[(*before, 1)]
+    h, w = size
+    return (v <= -1) | (v >= h) | (u <= -1) | (u >= w)
+
+
+def float_array(name: str, value):
+    """The array of an array or a variable; ``name`` is for the error."""
+    array = value.array if isinstance(value, chainer.Variable) else value
+    if not isinstance(array, chainer.get_array_types()):
+        raise TypeError(
+            f'{name} must be a Variable or an array, not a {type(value).__name__}'
+        )
+    if array.dtype.char not in 'efd':
+        raise type_check.InvalidType(
+            f'{name}.dtype is float16, float32 or float64',
+            f'{name}.dtype == {array.dtype}',
+        )
+    return array
+
+
+def _grid(xp, geometry: Geometry, out_h: int, out_w: int, dtype):
+    """Rows and columns of the points without offsets, each (taps, out_h, out_w)."""
+    rows = _places(xp, geometry.kh, geometry.dy, out_h, geometry.sy, geometry.ph)
+    columns = _places(xp, geometry.kw, geometry.dx, out_w, geometry.sx, geometry.pw)
+    shape = geometry.kh, geometry.kw, out_h, out_w
+    for places in rows[:, None, :, None], columns[None, :, None, :]:
+        yield xp.broadcast_to(places, shape).reshape(-1, out_h, out_w).astype(dtype)
+
+
+def _places(xp, taps: int, dilate: int, out: int, stride: int, pad: int):
+    """Where each tap of each output reads along one axis, (taps, out)."""
+    return xp.arange(taps)[:, None] * dilate + xp.arange(out) * stride - pad
