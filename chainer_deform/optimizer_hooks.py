@@ -6,6 +6,8 @@ import contextlib
 
 import chainer
 
+__all__ = ['scale_updates']
+
 
 def scale_updates(link: chainer.Link, factor: float) -> None:
     """Makes every update of a link's parameters ``factor`` times as large.

@@ -1,0 +1,516 @@
+"""What is exported gives Chainer's numbers in two runtimes, in standard operators."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+import warnings
+
+import chainer
+import chainer.functions as F
+import chainer.links as L
+import numpy
+import pytest
+
+import chainer_deform
+from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform.links import DeformableConvolution2D
+from chainer_deform.onnx_export import export
+from tests import reference
+from tests.cases import CASES, Case, assert_close
+
+onnx = pytest.importorskip('onnx', '1.14', 'onnx has DeformConv from 1.14 on')
+evaluator = pytest.importorskip('onnx.reference')
+
+NEWEST_OPSET = onnx.defs.onnx_opset_version()
+
+
+def run_in_onnxruntime(exported, *args):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    version = tuple(map(int, onnxruntime.__version__.split('.')[:2]))
+    operators = {node.op_type for node in exported.graph.node}
+    new = 'DeformConv' in operators or exported.opset_import[0].version > 19
+    if new and version < (1, 25):
+        pytest.skip('onnxruntime has DeformConv, and opset 22, from 1.25 on')
+    session = onnxruntime.InferenceSession(
+        exported.SerializeToString(), providers=['CPUExecutionProvider']
+    )
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, args)))
+
+
+def run_in_reference(exported, *args):
+    session = evaluator.ReferenceEvaluator(exported)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # onnx's own code
+        return session.run(None, dict(zip(session.input_names, args)))
+
+
+class Model(chainer.Chain):
+    """A function of inputs, with links or parameters that it finds by name."""
+
+    def __init__(self, function, **children):
+        super().__init__()
+        self.function = function
+        with self.init_scope():
+            for name, child in children.items():
+                setattr(self, name, child)
+
+    def forward(self, *args):
+        return self.function(self, *args)
+
+
+def sampler_model(case, arrays):
+    """The bare function, with parameters, and x, offset and mask as inputs."""
+
+    def forward(model, x, offset, mask=None):
+        return deformable_convolution_2d_sampler(
+            x, offset, model.W, getattr(model, 'b', None), mask=mask, **case.options
+        )
+
+    parameters = {
+        name: chainer.Parameter(arrays[name]) for name in ('W', 'b') if name in arrays
+    }
+    inputs = [arrays[name] for name in ('x', 'offset', 'mask') if name in arrays]
+    return Model(forward, **parameters), inputs
+
+
+def image(*shape, dtype='float32'):
+    return numpy.random.RandomState(5).uniform(-1, 1, shape).astype(dtype)
+
+
+def randomize(link):
+    """Gives a model what training would: parameters and statistics, none zero."""
+    random = numpy.random.RandomState(7)
+    for parameter in link.params():
+        scale = 1 / numpy.sqrt(numpy.prod(parameter.shape[1:]))
+        parameter.array[...] = random.uniform(-scale, scale, parameter.shape)
+    for child in link.links():
+        if isinstance(child, DeformableConvolution2D):
+            child.offset_conv.W.array *= 4  # points that are pixels away
+        if isinstance(child, L.BatchNormalization):
+            child.gamma.array[...] = random.uniform(0.5, 1.5, child.gamma.shape)
+            child.avg_mean[...] = random.uniform(-0.5, 0.5, child.avg_mean.shape)
+            child.avg_var[...] = random.uniform(0.5, 2, child.avg_var.shape)
+
+
+def load_digit_net(kind):
+    path = pathlib.Path(__file__).parents[1] / 'examples' / 'digits' / 'models.py'
+    spec = importlib.util.spec_from_file_location('digits_models', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.DigitNet(kind)
+    randomize(model)
+    return model
+
+
+def predict(model, x):
+    """What Chainer says, in test mode."""
+    with chainer.using_config('train', False), chainer.no_backprop_mode():
+        return model(x)
+
+
+@pytest.mark.parametrize(
+    ('name', 'run'),
+    [
+        *((name, run_in_onnxruntime) for name in CASES if name != 'empty batch'),
+        *((name, run_in_reference) for name in ('plain', 'groups', 'dilate', 'all')),
+    ],
+)
+def test_every_geometry(name, run):
+    case = CASES[name]
+    arrays = case.arrays('float32')
+    model, inputs = sampler_model(case, arrays)
+    exported = export(model, inputs)
+    operators = [node.op_type for node in exported.graph.node]
+    assert operators == ['Constant', 'Gather', 'DeformConv']
+    (y,) = run(exported, *inputs)
+    expected = reference.deformable_convolution_2d_sampler(**arrays, **case.options)
+    assert y.dtype == numpy.float32
+    assert_close(y, expected, 'y')
+
+
+@pytest.mark.parametrize(
+    ('x_dtype', 'offset_dtype', 'W_dtype', 'casts'),
+    [
+        ('float64', 'float64', 'float64', 0),
+        ('float16', 'float16', 'float16', 6),
+        ('float16', 'float32', 'float32', 2),
+        ('float32', 'float16', 'float32', 2),
+        ('float32', 'float64', 'float32', 4),
+        ('float64', 'float32', 'float16', 4),
+    ],
+)
+def test_dtypes(x_dtype, offset_dtype, W_dtype, casts):
+    case = CASES['all']
+    dtypes = {'x': x_dtype, 'offset': offset_dtype, 'mask': offset_dtype}
+    arrays = {
+        name: array.astype(dtypes.get(name, W_dtype))
+        for name, array in case.arrays('float64').items()
+    }
+    model, inputs = sampler_model(case, arrays)
+    exported = export(model, inputs)
+    assert [node.op_type for node in exported.graph.node].count('Cast') == casts
+    (y,) = run_in_onnxruntime(exported, *inputs)
+    expected = reference.deformable_convolution_2d_sampler(**arrays, **case.options)
+    assert y.dtype == x_dtype
+    assert_close(y, expected, 'y')
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        {'modulated': True},
+        {'modulated': True, 'mask_scale': 2, 'deform_nobias': True},
+        {'offset_nobias': True, 'stride': (2, 1), 'pad': (0, 2), 'dilate': (1, 3)},
+        {'modulated': True, 'groups': 2, 'offset_groups': 4, 'pad': (2, 1)},
+    ],
+)
+def test_layers_take_other_batches_and_larger_images(options):
+    layer = DeformableConvolution2D(4, 6, (3, 2), **options)
+    randomize(layer)
+    exported = export(layer, image(1, 4, 6, 9), input_shapes=('n', 4, 'h', 'w'))
+    for shape in (1, 4, 6, 9), (3, 4, 8, 13):
+        x = image(*shape)
+        (y,) = run_in_onnxruntime(exported, x)
+        assert_close(y, predict(layer, x).array, 'y')
+
+
+@pytest.mark.parametrize('opset_version', [19, 22, NEWEST_OPSET])
+@pytest.mark.parametrize('kind', ['plain', 'deformable', 'modulated'])
+def test_digits(kind, opset_version):
+    if opset_version > NEWEST_OPSET:
+        pytest.skip('the installed onnx has no such opset')
+    model = load_digit_net(kind)
+    exported = export(
+        model,
+        image(1, 1, 28, 28),
+        input_names='image',
+        output_names='scores',
+        input_shapes=('n', 1, 28, 28),
+        opset_version=opset_version,
+    )
+    onnx.checker.check_model(exported, full_check=True)
+    graph = exported.graph
+    assert {node.domain for node in graph.node} == {''}
+    operators = [node.op_type for node in graph.node]
+    assert operators.count('DeformConv') == (0 if kind == 'plain' else 2)
+    ((opset,),) = (exported.opset_import,)
+    assert (opset.domain, opset.version) == ('', opset_version)
+    assert exported.producer_name == 'chainer_deform'
+    assert exported.producer_version == chainer_deform.__version__
+    # Parameters and statistics are no inputs.
+    ((name, shape),) = map(name_and_shape, graph.input)
+    assert (name, shape) == ('image', ['n', 1, 28, 28])
+    ((name, shape),) = map(name_and_shape, graph.output)
+    assert (name, shape) == ('scores', ['n', 10])
+
+    if opset_version > 22:
+        return  # a runtime may not have the newest yet
+    x = image(5, 1, 28, 28)
+    (scores,) = run_in_onnxruntime(exported, x)
+    expected = predict(model, x).array
+    assert numpy.ptp(expected) > 0.1
+    assert_close(scores, expected, 'scores')
+
+
+def name_and_shape(value):
+    dims = value.type.tensor_type.shape.dim
+    return value.name, [dim.dim_param or dim.dim_value for dim in dims]
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model = load_digit_net('modulated')
+    model.cleargrads()
+    before, after = {}, {}
+    model.serialize(chainer.serializers.DictionarySerializer(before))
+    before = {name: numpy.array(array) for name, array in before.items()}
+    x = image(2, 1, 28, 28)
+    args = [chainer.Variable(x)]
+    export(model, args, tmp_path / 'model.onnx')
+    model.serialize(chainer.serializers.DictionarySerializer(after))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        numpy.testing.assert_array_equal(array, after[name], name)
+    assert all(parameter.grad is None for parameter in model.params())
+    assert args[0].array is x
+    args = [x]
+    export(model, args)
+    assert args[0] is x
+    args = {'x': x}
+    export(model, args)
+    assert args == {'x': x}
+
+
+FUNCTIONS = {
+    'mean': lambda x: F.mean(x, axis=(2, 3)),
+    'average': lambda x: F.average(x, axis=(2, 3), keepdims=True),
+    'sum': lambda x: F.sum(x, axis=1),
+    'max': lambda x: F.max(x, axis=(1, 3)),
+    'logsumexp': lambda x: F.logsumexp(x, axis=1),
+    'argmax': lambda x: F.argmax(x, axis=1),
+    'split_axis': lambda x: F.split_axis(x, [1, 3], axis=1),
+    'split_axis, sections': lambda x: F.split_axis(x, 2, axis=1),
+    'concat': lambda x: F.concat([x, 2 * x], axis=1),
+    'stack': lambda x: F.stack([x, 2 * x], axis=2),
+    'getitem': lambda x: x[:, 1:3, ::2, -1],
+    'pad': lambda x: F.pad(x, ((0, 0), (0, 0), (1, 2), (0, 1)), 'constant'),
+    'transpose': lambda x: F.transpose(x, (0, 2, 3, 1)),
+    'expand_dims': lambda x: F.squeeze(F.expand_dims(x, 1), 1),
+    'reshape': lambda x: F.reshape(x, (x.shape[0], -1)),
+    'reshape twice': lambda x: F.reshape(F.reshape(x, (-1, 8)), x.shape),
+    'flatten': lambda x: F.flatten(x),
+    'broadcast_to': lambda x: F.broadcast_to(F.max(x, 1, keepdims=True), x.shape),
+    'scale': lambda x: F.scale(x, F.sigmoid(F.mean(x, axis=(2, 3))), axis=0),
+    'softmax': lambda x: F.softmax(x),
+    'softmax, other axis': lambda x: F.softmax(x, axis=2),
+    'log_softmax': lambda x: F.log_softmax(x),
+    'sigmoid': lambda x: F.sigmoid(x) * 2 + 1 - x,
+    'tanh': lambda x: F.tanh(x) / 3 - 1 / (x**2 + 1),
+    'relu': lambda x: F.relu(x),
+    'leaky_relu': lambda x: F.leaky_relu(x),
+    'clipped_relu': lambda x: F.clipped_relu(x, 0.5),
+    'elu': lambda x: F.elu(x),
+    'softplus': lambda x: F.softplus(x),
+    'clip': lambda x: F.clip(x, -0.5, 0.25),
+    'exp': lambda x: F.sqrt(F.exp(x)) + F.log(F.absolute(x) + 1),
+    'maximum': lambda x: F.maximum(x, -x),
+    'matmul': lambda x: F.matmul(x, x, transb=True),
+    'normalize': lambda x: F.normalize(x + 5, axis=1),
+    'dropout': lambda x: F.dropout(x, 0.9) + x,
+    'max_pooling_2d': lambda x: F.max_pooling_2d(x, 3, 2, 1),
+    'max_pooling_2d, cover_all': lambda x: F.max_pooling_2d(x, 3, 2),
+    'max_pooling_2d, floor': lambda x: F.max_pooling_2d(x, 3, 2, cover_all=False),
+    'average_pooling_2d': lambda x: F.average_pooling_2d(x, 3, 2, 1),
+    'average_pooling_2d, all': lambda x: F.average_pooling_2d(x, x.shape[2:]),
+    'resize_images': lambda x: F.resize_images(x, (7, 13)),
+    'resize_images, centers': lambda x: F.resize_images(
+        x, (10, 5), align_corners=False
+    ),
+    'resize_images, nearest': lambda x: F.resize_images(x, (10, 5), mode='nearest'),
+    'unpooling_2d': lambda x: F.unpooling_2d(x, 2, cover_all=False),
+    'unpooling_2d, cover_all': lambda x: F.unpooling_2d(x, (3, 2)),
+    'unpooling_2d, outsize': lambda x: F.unpooling_2d(x, 2, outsize=(12, 15)),
+    'cast': lambda x: F.cast(x, 'float64'),
+}
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_functions_around(name):
+    expect_same(Model(lambda model, x: FUNCTIONS[name](x)))
+
+
+LINKS = {
+    'Convolution2D': lambda: L.Convolution2D(4, 6, 3, 2, 1, groups=2, dilate=2),
+    'Convolution2D, no bias': lambda: L.Convolution2D(4, 6, 1, nobias=True),
+    'DepthwiseConvolution2D': lambda: L.DepthwiseConvolution2D(4, 2, 3),
+    'Deconvolution2D': lambda: L.Deconvolution2D(4, 6, 4, 2, 1),
+    'Linear': lambda: L.Linear(4 * 6 * 8, 3),
+    'Linear, no bias': lambda: L.Linear(4 * 6 * 8, 3, nobias=True),
+    'BatchNormalization': lambda: L.BatchNormalization(4),
+    'GroupNormalization': lambda: L.GroupNormalization(2, 4),
+    'PReLU': lambda: L.PReLU((4,)),
+    'PReLU, one slope': lambda: L.PReLU(),
+    'PReLU, all slopes': lambda: L.PReLU((4, 6, 8)),
+    'Scale': lambda: L.Scale(1, (4,), bias_term=True),
+}
+
+
+@pytest.mark.parametrize('name', LINKS)
+def test_links_around(name):
+    link = LINKS[name]()
+    randomize(link)
+    expect_same(Model(lambda model, x: model.link(x), link=link))
+
+
+def expect_same(model):
+    """Exports with one image, runs with that one and with three."""
+    exported = export(model, image(1, 4, 6, 8), input_shapes=('n', 4, 6, 8))
+    assert {node.domain for node in exported.graph.node} <= {''}
+    for n in 1, 3:
+        x = image(n, 4, 6, 8)
+        expected = predict(model, chainer.Variable(x))
+        if isinstance(expected, chainer.Variable):
+            expected = [expected]
+        actual = run_in_onnxruntime(exported, x)
+        assert len(actual) == len(expected)
+        for i, (a, e) in enumerate(zip(actual, expected)):
+            assert a.dtype == e.dtype
+            assert_close(a, e.array, f'output {i} of {n} images', 'float32')
+
+
+@pytest.mark.parametrize(('size', 'out'), [(6, 10), (7, 10), (29, 61), (50, 33)])
+@pytest.mark.parametrize('mode', ['align_corners', 'half_pixel', 'nearest'])
+def test_resize_images_of_any_size(size, out, mode):
+    """A scale that is rounded down makes the image smaller by one, and a wrong pixel
+    is nearest."""
+
+    def resize(model, x):
+        return F.resize_images(
+            x,
+            (out, 2 * out),
+            mode='nearest' if mode == 'nearest' else 'bilinear',
+            align_corners=mode == 'align_corners',
+        )
+
+    model, x = Model(resize), image(1, 1, size, size)
+    (y,) = run_in_onnxruntime(export(model, x), x)
+    assert_close(y, predict(model, x).array, 'y')
+
+
+@pytest.mark.parametrize('run', [run_in_onnxruntime, run_in_reference])
+def test_several_inputs_and_outputs_by_name(run):
+    case = Case(mask=True)
+    arrays = case.arrays('float32')
+
+    class Several(chainer.Chain):
+        def forward(self, **arrays):
+            y = deformable_convolution_2d_sampler(**arrays)
+            return {'y': y, 'positive': F.relu(y)}
+
+    model = Several()
+    exported = export(
+        model,
+        arrays,
+        input_names={name: f'the_{name}' for name in arrays},
+        output_names={'y': 'out', 'positive': 'relu'},
+        input_shapes={
+            name: ('n', *array.shape[1:])
+            if name in ('x', 'offset', 'mask')
+            else array.shape
+            for name, array in arrays.items()
+        },
+    )
+    names = [value.name for value in exported.graph.input]
+    assert names == [f'the_{name}' for name in arrays]
+    assert name_and_shape(exported.graph.input[0]) == ('the_x', ['n', 3, 5, 7])
+    assert [value.name for value in exported.graph.output] == ['out', 'relu']
+    out, relu = run(exported, *arrays.values())
+    expected = model(**arrays)
+    assert_close(out, expected['y'].array, 'out')
+    assert_close(relu, expected['positive'].array, 'relu')
+
+
+@pytest.mark.parametrize('far', [-1, 3, 1e10, -1e30, numpy.inf, -numpy.inf])
+@pytest.mark.parametrize('axis', [0, 1])
+def test_points_outside(far, axis):
+    x, W = image(1, 1, 3, 3), numpy.ones((1, 1, 1, 1), 'float32')
+    offset = numpy.zeros((1, 2, 3, 3), 'float32')
+    offset[0, axis, 0, 0] = far
+    model = Model(lambda model, *args: deformable_convolution_2d_sampler(*args))
+    (y,) = run_in_onnxruntime(export(model, [x, offset, W]), x, offset, W)
+    expected = x.copy()
+    expected[0, 0, 0, 0] = 0
+    numpy.testing.assert_array_equal(y, expected)
+
+
+def test_file(tmp_path):
+    layer = DeformableConvolution2D(3, 8, 3)
+    path = tmp_path / 'model.onnx'
+    path.write_text('an old one')
+    for filename in path, str(path):
+        exported = export(layer, image(2, 3, 6, 7), filename)
+        assert path.read_bytes() == exported.SerializeToString()
+        assert onnx.load(path) == exported
+        assert [entry.name for entry in tmp_path.iterdir()] == ['model.onnx']
+
+
+def test_an_error_leaves_no_file(tmp_path):
+    layer, x = DeformableConvolution2D(3, 8, 3), image(2, 3, 6, 7)
+    old = tmp_path / 'old.onnx'
+    old.write_text('an old one')
+    with pytest.raises(ValueError, match='Flip'):
+        export(Model(lambda model, x: F.flip(x, 3)), x, old)
+    with pytest.raises(FileNotFoundError):
+        export(layer, x, tmp_path / 'missing' / 'model.onnx')
+    (tmp_path / 'directory').mkdir()
+    with pytest.raises(OSError, match='directory'):
+        export(layer, x, tmp_path / 'directory')
+    assert old.read_text() == 'an old one'
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        'directory',
+        'old.onnx',
+    ]
+
+
+def gradient_of_a_layer(model, x):
+    x = chainer.Variable(x.array)
+    (gx,) = chainer.grad([F.sum(model.layer(x))], [x], enable_double_backprop=True)
+    return gx
+
+
+@pytest.mark.parametrize(
+    ('function', 'message'),
+    [
+        (lambda model, x: F.cumsum(x, 1), r'of the function Cumsum$'),
+        (
+            gradient_of_a_layer,
+            'of the function DeformableConvolution2DSamplerGrad, the g',
+        ),
+    ],
+)
+def test_functions_without_an_onnx_form(function, message):
+    layer = DeformableConvolution2D(3, 8, 3)
+    with pytest.raises(ValueError, match=message):
+        export(Model(function, layer=layer), image(2, 3, 6, 7))
+
+
+def test_chainers_own_layer_has_to_be_patched():
+    def build():
+        return L.DeformableConvolution2D(3, 8, 3, offset_initialW=0.1)
+
+    x = image(2, 3, 6, 7)
+    with pytest.raises(ValueError, match=r'call chainer_deform.patch_chainer\(\)'):
+        export(build(), x)
+    chainer_deform.patch_chainer()
+    try:
+        exported = export(build(), x)
+    finally:
+        chainer_deform.unpatch_chainer()
+    assert 'DeformConv' in [node.op_type for node in exported.graph.node]
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (
+            {'opset_version': 18},
+            ValueError,
+            'opset_version must be at least 19, not 18',
+        ),
+        ({'opset_version': 999}, ValueError, rf'at most {NEWEST_OPSET}, .*, not 999'),
+        ({'opset_version': '19'}, TypeError, "opset_version must be an int, not '19'"),
+        ({'model': F.relu}, TypeError, 'model must be a chainer.Link, not a function'),
+        ({'args': 'x'}, ValueError, "'args' argument should be"),
+        ({'input_shapes': ('n', 3)}, ValueError, 'Shape length must be same'),
+        ({'output_names': ['a', 'b']}, ValueError, 'must be single'),
+    ],
+)
+def test_errors_of_arguments(options, error, message):
+    layer = DeformableConvolution2D(3, 8, 3)
+    with pytest.raises(error, match=message):
+        export(**{'model': layer, 'args': image(2, 3, 6, 7), **options})
+
+
+def test_without_onnx(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    message = r"needs onnx: pip install 'chainer-deform\[onnx\]'"
+    with pytest.raises(ImportError, match=message):
+        export(DeformableConvolution2D(3, 8, 3), image(2, 3, 6, 7))
+
+
+def test_an_onnx_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(onnx.defs, 'onnx_opset_version', lambda: 18)
+    with pytest.raises(ImportError, match='needs onnx 1.14 or later, not'):
+        export(DeformableConvolution2D(3, 8, 3), image(2, 3, 6, 7))
+
+
+def test_warnings_of_the_model_are_not_hidden():
+    def warn(model, x):
+        warnings.warn('my own is deprecated, experimental', FutureWarning, stacklevel=1)
+        return F.relu(x)
+
+    with pytest.warns(FutureWarning, match='my own'):
+        export(Model(warn), image(1, 2, 3, 4))
