@@ -19,25 +19,36 @@ import numpy
 import pytest
 import sklearn.datasets
 
+from tests import programs
+
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'digits' / 'train.py'
 MNIST = pathlib.Path('pfnet', 'chainer', 'mnist')  # where Chainer looks for it
 MODELS = ['plain', 'deformable', 'modulated']
 
+# NumPy leaves a broken file open, which it should not: a ResourceWarning.
+WARNINGS = [*programs.WARNINGS, '-W', 'ignore::ResourceWarning']
+
 
 @pytest.fixture(scope='module')
 def datasets(tmp_path_factory):
     """The directory of Chainer's data sets, MNIST with 160 and 100 images."""
+    root = tmp_path_factory.mktemp('datasets')
+    make_mnist(root, 160, 100)
+    return root
+
+
+def make_mnist(root, train_size, test_size):
+    """Puts a stand-in for MNIST where Chainer looks for it under ``root``."""
     digits = sklearn.datasets.load_digits()
     # 8 x 8 -> 24 x 24 -> 28 x 28
     x = numpy.kron(digits.images * 15, numpy.ones((1, 3, 3)))
     x = numpy.pad(x, ((0, 0), (2, 2), (2, 2))).reshape(-1, 784).astype(numpy.uint8)
     t = digits.target.astype(numpy.uint8)
-    root = tmp_path_factory.mktemp('datasets')
     (root / MNIST).mkdir(parents=True)
-    numpy.savez(root / MNIST / 'train.npz', x=x[:160], y=t[:160])
-    numpy.savez(root / MNIST / 'test.npz', x=x[160:260], y=t[160:260])
-    return root
+    end = train_size + test_size
+    numpy.savez(root / MNIST / 'train.npz', x=x[:train_size], y=t[:train_size])
+    numpy.savez(root / MNIST / 'test.npz', x=x[train_size:end], y=t[train_size:end])
 
 
 @pytest.fixture
@@ -58,26 +69,26 @@ def trained(datasets, tmp_path_factory):
 
 def run_script(datasets, cwd, options):
     """Runs the script with options that are separated by spaces."""
-    env = {
+    return subprocess.run(
+        [sys.executable, *WARNINGS, SCRIPT, '--dataset', 'mnist', *options.split()],
+        cwd=cwd,
+        env=environment(datasets),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def environment(datasets):
+    """Returns the environment of a script."""
+    return {
         **os.environ,
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         'CHAINER_DATASET_ROOT': str(datasets),
         'http_proxy': 'http://127.0.0.1:9',  # nothing listens there: no downloads
         'no_proxy': '',
     }
-    # NumPy leaves a broken file open, which it should not: a ResourceWarning.
-    warnings = ['-W', 'error', '-W', 'ignore::ResourceWarning']
-    if sys.version_info < (3, 10):  # its last Matplotlib uses old names of pyparsing
-        warnings += ['-W', 'ignore::DeprecationWarning']
-    return subprocess.run(
-        [sys.executable, *warnings, SCRIPT, '--dataset', 'mnist', *options.split()],
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def read_log(path):
@@ -106,8 +117,10 @@ def test_files(trained):
     assert {path.name for path in out.iterdir()} == files
     files = {f'snapshot_epoch_{epoch}.npz' for epoch in (1, 2, 3)}
     files |= {'log', 'loss.png', 'accuracy.png'}
+    points = {f'sampling_points_epoch_{epoch}.png' for epoch in (1, 2, 3)}
     for kind in MODELS:
-        assert {path.name for path in (out / kind).iterdir()} == files
+        found = {path.name for path in (out / kind).iterdir()}
+        assert found == (files if kind == 'plain' else files | points)
 
     picture = (out / 'curves.png').read_bytes()
     assert picture.startswith(b'\x89PNG\r\n\x1a\n')
@@ -126,6 +139,12 @@ def test_results(trained):
         log = read_log(out / kind / 'log')
         assert [entry['epoch'] for entry in log] == [1, 2, 3]
         assert log[-1]['main/loss'] < 0.8 * log[0]['main/loss']
+        for conv in 2, 3:
+            key = f'main/predictor/convs/{conv}/offset_mean'
+            if kind == 'plain':
+                assert key not in log[-1]
+            else:
+                assert 0 < log[0][key] < log[-1][key]  # pixels
         for name, key in ('upright', 'validation'), ('warped', 'warped'):
             accuracy = log[-1][f'{key}/main/accuracy']
             assert result[f'{name}_accuracy'] == pytest.approx(accuracy, abs=1e-6)
