@@ -13,12 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
 
-.PHONY: help demo bench test test-cuda-compile test-gpu sanitize lint format clean
+.PHONY: help demo bench docs test test-mpi test-cuda-compile test-gpu sanitize lint format clean
 
 help:
 	@echo 'make demo    set up $(VENV), train the example: plain and deformable model'
 	@echo 'make test    set up $(VENV), run the tests'
+	@echo 'make docs    also install Sphinx, build docs/_build/html'
 	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
+	@echo 'make test-mpi    also install an MPI, train with two processes'
 	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
 	@echo 'make sanitize    a short run of them under compute-sanitizer'
@@ -49,6 +51,22 @@ bench: $(STAMP)-bench
 	$(VENV)/bin/python benchmarks/run.py --device cpu
 	$(VENV)/bin/python benchmarks/run.py --growth
 
+$(STAMP)-docs: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
+docs: $(STAMP)-docs
+	$(VENV)/bin/python -m docutils --halt=warning README.rst > /dev/null
+	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo 'See docs/_build/html/index.html.'
+
+$(STAMP)-mpi: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -e '.[mpi]' mpich
+	@touch $@
+
+test-mpi: $(STAMP)-mpi
+	$(VENV)/bin/python -m pytest tests/mpi
+
 $(STAMP)-cuda: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -e '.[cuda-compile]'
 	@touch $@
@@ -75,5 +93,5 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf $(VENV) result build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) result docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

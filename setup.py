@@ -10,14 +10,17 @@ version = runpy.run_path(str(here / 'chainer_deform' / '_version.py'))['__versio
 
 fast = ['numba>=0.60']
 plot = ['matplotlib>=3.7']
-examples = ['scikit-learn>=1.1', *plot]
+onnx = ['onnx>=1.14']
+examples = ['scikit-learn>=1.1', 'scikit-image>=0.20', *plot]
 test = [
     'pytest>=7',
     'pytest-xdist>=3',
     'hypothesis>=6.80',
     'h5py>=3.7',
+    'onnxruntime>=1.16',
     *examples,
     *fast,
+    *onnx,
 ]
 
 setup(
@@ -41,9 +44,13 @@ setup(
             'nvidia-cuda-runtime==13.0.*',
         ],
         # The peers that are compared with.
-        'bench': ['onnx', 'onnxruntime', 'openvino', *fast, *plot],
+        'bench': ['onnxruntime', 'openvino', *fast, *onnx, *plot],
         'plot': plot,
+        'onnx': onnx,
+        # It needs an MPI: that of the cluster, or the package mpich or openmpi.
+        'mpi': ['mpi4py>=4'],
         'examples': examples,
+        'docs': ['sphinx>=7', 'furo', *plot],
         'test': test,
         'lint': ['ruff==0.17.6'],
     },
