@@ -5,29 +5,29 @@ Most runs train on a small stand-in for MNIST, put where Chainer keeps its data 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import pathlib
 import re
 import shutil
-import struct
-import subprocess
-import sys
 
 import numpy
 import pytest
 import sklearn.datasets
 
-from tests import programs
+from tests.programs import (
+    ROOT,
+    expect_error,
+    expect_picture,
+    expect_same_training,
+    expect_success,
+    load_module,
+    read_log,
+    run_example,
+)
 
-ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / 'examples' / 'digits' / 'train.py'
 MNIST = pathlib.Path('pfnet', 'chainer', 'mnist')  # where Chainer looks for it
 MODELS = ['plain', 'deformable', 'modulated']
-
-# NumPy leaves a broken file open, which it should not: a ResourceWarning.
-WARNINGS = [*programs.WARNINGS, '-W', 'ignore::ResourceWarning']
 
 
 @pytest.fixture(scope='module')
@@ -69,45 +69,17 @@ def trained(datasets, tmp_path_factory):
 
 def run_script(datasets, cwd, options):
     """Runs the script with options that are separated by spaces."""
-    return subprocess.run(
-        [sys.executable, *WARNINGS, SCRIPT, '--dataset', 'mnist', *options.split()],
-        cwd=cwd,
-        env=environment(datasets),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    options = f'--dataset mnist {options}'
+    return run_example(SCRIPT, cwd, options, **offline(datasets))
 
 
-def environment(datasets):
-    """Returns the environment of a script."""
+def offline(datasets):
+    """Returns what tells a script where data sets are, and not to load them down."""
     return {
-        **os.environ,
-        'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         'CHAINER_DATASET_ROOT': str(datasets),
-        'http_proxy': 'http://127.0.0.1:9',  # nothing listens there: no downloads
+        'http_proxy': 'http://127.0.0.1:9',  # nothing listens there
         'no_proxy': '',
     }
-
-
-def read_log(path):
-    """Returns a LogReport's entries, without the times."""
-    log = json.loads(path.read_text())
-    for entry in log:
-        del entry['elapsed_time']
-    return log
-
-
-def expect_success(result):
-    """Checks that a run complained about nothing."""
-    assert (result.returncode, result.stderr) == (0, '')
-
-
-def expect_error(result, message):
-    """Checks that a run ended with one line and exit status 2."""
-    assert result.returncode == 2
-    assert re.fullmatch(f'train.py: error: .*{message}.*\n', result.stderr)
 
 
 @pytest.mark.slow
@@ -121,11 +93,7 @@ def test_files(trained):
     for kind in MODELS:
         found = {path.name for path in (out / kind).iterdir()}
         assert found == (files if kind == 'plain' else files | points)
-
-    picture = (out / 'curves.png').read_bytes()
-    assert picture.startswith(b'\x89PNG\r\n\x1a\n')
-    assert picture[12:24] == b'IHDR' + struct.pack('>II', 1200, 480)
-    assert picture.endswith(b'IEND\xaeB`\x82')
+    expect_picture(out / 'curves.png', 1200, 480)
 
 
 @pytest.mark.slow
@@ -169,16 +137,7 @@ def test_resumed_training_is_the_same(trained, run, tmp_path):
     directory = tmp_path / 'result' / 'deformable'
     snapshot = directory / 'snapshot_epoch_1.npz'
     expect_success(run(f'--epoch 3 --batchsize 48 --resume {snapshot}'))
-
-    expected = trained[1] / 'deformable'
-    assert read_log(directory / 'log') == read_log(expected / 'log')
-    name = 'snapshot_epoch_3.npz'
-    with numpy.load(directory / name) as a, numpy.load(expected / name) as b:
-        assert set(a) == set(b)
-        state = [key for key in a if key.startswith('updater/')]
-        assert any(key.endswith('offset_conv/W') for key in state)
-        for key in state:
-            numpy.testing.assert_array_equal(a[key], b[key], key)
+    expect_same_training(directory, trained[1] / 'deformable', epoch=3)
 
 
 @pytest.mark.slow
@@ -247,9 +206,7 @@ def test_digits_from_scikit_learn(run, tmp_path):
 
 
 def test_images():
-    spec = importlib.util.spec_from_file_location('digits', SCRIPT.with_name('data.py'))
-    data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(data)
+    data = load_module(SCRIPT.with_name('data.py'))
 
     sets = [
         tuple(map(numpy.array, zip(*dataset)))

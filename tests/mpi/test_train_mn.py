@@ -23,7 +23,14 @@ import numpy
 import pytest
 
 from tests.examples import test_digits
-from tests.examples.test_digits import expect_success, read_log
+from tests.programs import (
+    EXAMPLE_WARNINGS,
+    environment,
+    expect_same_training,
+    expect_success,
+    load_module,
+    read_log,
+)
 
 HERE = pathlib.Path(__file__).parent
 SCRIPT = test_digits.SCRIPT.with_name('train_mn.py')
@@ -68,12 +75,12 @@ def trained(datasets, tmp_path_factory):
 
 def start(datasets, cwd, command, options, prefix=()):
     """Starts a program with options that are separated by spaces."""
-    program = [sys.executable, *test_digits.WARNINGS, *command]
+    program = [sys.executable, *EXAMPLE_WARNINGS, *command]
     return subprocess.Popen(
         [*prefix, *program, '--dataset', 'mnist', *options.split()],
         cwd=cwd,
         env={
-            **test_digits.environment(datasets),
+            **environment(**test_digits.offline(datasets)),
             # For Open MPI, in a container.
             'OMPI_ALLOW_RUN_AS_ROOT': '1',
             'OMPI_ALLOW_RUN_AS_ROOT_CONFIRM': '1',
@@ -123,14 +130,6 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def load_example(name):
-    """Returns a module of the example."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f'{name}.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def expect_error(result, message):
@@ -201,11 +200,13 @@ def test_workers_end_equal(trained):
 @pytest.mark.slow
 def test_accuracy_is_that_of_one_process(trained, datasets):
     directory = trained[1] / 'some' / 'where' / 'deformable'
-    model = chainer.links.Classifier(load_example('models').DigitNet('deformable'))
+    model = chainer.links.Classifier(
+        load_module(SCRIPT.with_name('models.py')).DigitNet('deformable')
+    )
     with numpy.load(datasets / test_digits.MNIST / 'test.npz') as file:
         t = file['y'].astype(numpy.int32)
         x = file['x'].reshape(-1, 1, 28, 28).astype(numpy.float32) / 255
-    warped = load_example('data').warp(x)
+    warped = load_module(SCRIPT.with_name('data.py')).warp(x)
     assert len(t) == TEST_SIZE
     for entry in read_log(directory / 'log'):
         path = directory / f'snapshot_epoch_{entry["epoch"]}.npz'
@@ -226,13 +227,7 @@ def test_resumed_training_is_the_same(trained, datasets, run, tmp_path):
     options = f'--epoch 3 --batchsize 20 --resume {snapshot}'
     expect_success(run(options))
     directory = tmp_path / 'result' / 'deformable'
-    assert read_log(directory / 'log') == read_log(expected / 'log')
-    name = 'snapshot_epoch_3.npz'
-    with numpy.load(directory / name) as a, numpy.load(expected / name) as b:
-        state = [key for key in b if key.startswith('updater/')]
-        assert any(key.endswith('offset_conv/W') for key in state)
-        for key in state:
-            numpy.testing.assert_array_equal(a[key], b[key], key)
+    expect_same_training(directory, expected, epoch=3)
 
     # The parts of another number of workers are others.
     alone = finish(start(datasets, tmp_path, [SCRIPT], options))
@@ -293,7 +288,7 @@ def test_pure_nccl_without_a_gpu(run):
 
 def test_without_mpi4py(datasets, tmp_path):
     (tmp_path / 'mpi4py.py').write_text('raise ModuleNotFoundError("it is gone")')
-    path = os.pathsep.join([str(tmp_path), test_digits.environment('')['PYTHONPATH']])
+    path = os.pathsep.join([str(tmp_path), environment()['PYTHONPATH']])
     result = subprocess.run(
         [sys.executable, SCRIPT],
         env={**os.environ, 'PYTHONPATH': path},
