@@ -112,9 +112,8 @@ class SamplingHook(chainer.LinkHook):
 
     """
 
-    name = 'SamplingHook'
-
     def __init__(self, model: chainer.Link | None = None) -> None:
+        self.name = f'SamplingHook {id(self)}'  # there may be several
         self.calls: list[SamplingCall] = []
         self._layers = None if model is None else named_layers(model)
 
@@ -144,11 +143,12 @@ def sampling_call(args, name: str) -> SamplingCall:
 
 def named_layers(model: chainer.Link) -> dict[str, DeformableConvolution2DSampler]:
     """All samplers of a model by the path of the layer; see :class:`SamplingHook`."""
-    holders = {}
     layers = {}
-    for path, link in model.namedlinks():
+    links = list(model.namedlinks())
+    for path, link in links:
         if isinstance(link, DeformableConvolution2D):
-            holders.setdefault(id(link.deform_conv), path)
+            layers.setdefault(id(link.deform_conv), (path, link.deform_conv))
+    for path, link in links:
         if isinstance(link, DeformableConvolution2DSampler):
-            layers.setdefault(id(link), (holders.get(id(link), path), link))
+            layers.setdefault(id(link), (path, link))
     return {path.strip('/'): link for path, link in layers.values()}

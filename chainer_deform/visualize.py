@@ -207,6 +207,8 @@ def plot_offset_field(
     longest = longest or length.max(initial=0) or 1
 
     ax = _axes(ax)
+    # Matplotlib takes the directions of arrows from the size of what is drawn.
+    ax.update_datalim([(-0.5, -0.5), (out_w - 0.5, out_h - 0.5)])
     arrows = ax.quiver(
         columns[finite],
         rows[finite],
@@ -332,6 +334,8 @@ def _displayed(image) -> numpy.ndarray:
 def _points_and_centres(points, pixels, centres, input_size) -> tuple:
     """The points of each output pixel as float64 arrays, the pixels, their places."""
     if pixels is not None:
+        if not len(pixels):
+            raise ValueError('pixels must have at least one pair, not none')
         pixels = [
             tuple(integer('pixels', value, 0, 'pairs of ints') for value in pixel)
             for pixel in pixels

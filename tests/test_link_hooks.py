@@ -192,3 +192,26 @@ def test_call_that_fails_is_not_recorded(model):
     with SamplingHook(model) as hook, pytest.raises(TypeError, match='mask must'):
         model.sampler(x[:, :2], numpy.zeros((2, 2, 9, 7), 'f'), 'no mask')
     assert hook.calls == []
+
+
+def test_several_hooks():
+    model = Model()
+    on_a_link = SamplingHook()
+    model.convs[1].deform_conv.add_hook(on_a_link)
+    with SamplingHook(model) as outer, SamplingHook(model) as inner:
+        model(x)
+    assert len(on_a_link.calls) == 1
+    names = [call.name for call in outer.calls]
+    assert names == [call.name for call in inner.calls] != []
+
+
+def test_layer_whose_sampler_has_a_name_of_its_own():
+    class Both(chainer.Chain):
+        def __init__(self):
+            super().__init__()
+            layer = DeformableConvolution2D(1, 1, 3)
+            with self.init_scope():
+                self.a = layer.deform_conv
+                self.z = layer
+
+    assert list(named_layers(Both())) == ['z']

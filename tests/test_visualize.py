@@ -1,5 +1,6 @@
 """The pictures hold the right numbers."""
 
+import io
 import subprocess
 import sys
 
@@ -165,6 +166,7 @@ def test_colour_images(ax, dtype):
         ({'points': locations[None]}, type_check.InvalidType, r'\(1, 2, 6, 2, 6, 10\)'),
         ({'points': offset}, type_check.InvalidType, r'== \(1, 24, 6, 10\)'),
         ({'pixels': [(6, 0)]}, ValueError, r'6 by 10 pixels, but one is \(6, 0\)'),
+        ({'pixels': []}, ValueError, 'pixels must have at least one pair'),
         ({'pixels': [(0, -1)]}, ValueError, 'pixels must be at least 0'),
         ({'pixels': [(0.5, 1)]}, TypeError, 'pixels must be pairs of ints'),
         ({'pixels': [(0, 1, 2)]}, ValueError, r'one is \(0, 1, 2\)'),
@@ -202,6 +204,19 @@ def test_offset_field(ax, group):
     bottom, top = ax.get_ylim()
     assert bottom > top
     assert ax.get_aspect() == 1
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 3)])
+def test_small_offset_field_is_drawn(ax, size):
+    plot_offset_field(numpy.ones((18, *size), 'f'), ax=ax)
+    ax.figure.savefig(io.BytesIO())  # which warns where there are no directions
+
+
+def test_image_with_pixels_that_are_not_finite(ax):
+    image = numpy.array([[0, 1, numpy.nan], [0.5, -numpy.inf, numpy.inf]])
+    plot_sampling_points(image, numpy.zeros((0, 2)), ax=ax)
+    shown = ax.images[0].get_array()
+    numpy.testing.assert_array_equal(shown, [[0, 1, 0], [0.5, 0, 0]])
 
 
 def test_large_offset_field_is_thinned(ax):

@@ -18,25 +18,31 @@ from chainer_deform.link_hooks import SamplingCall, SamplingHook
 from chainer_deform.sampling.geometry import integer
 from chainer_deform.sampling.locations import receptive_points
 
+#: How many points of one output pixel are drawn through several layers, at most: those
+#: of three layers of 3 x 3 kernels, as in the paper, are 729.
+MOST_POINTS = 1000
+
 
 class SamplingPointsReport(training.Extension):
     """Trainer extension that draws where the deformable layers read some images.
 
     Once an epoch it runs the model on the images and writes one picture, with a row for
-    each image and a column for each call of a deformable layer: the layer's sampling
-    points over the image, in a colour for each of some output pixels. If the last
-    layers follow on each other, so that each has an output of the size and channels
-    that the next reads, another column has the points that the last one reads through
-    all of these (see :func:`chainer_deform.receptive_points`). Convolutions without
-    offsets before or between the layers are not traced: a layer's input is taken to lie
-    over the whole image evenly.
+    each image and a column for each call of a deformable layer with the whole batch:
+    the layer's sampling points over the image, in a colour for each of some output
+    pixels. If the last layers follow on each other, so that each has an output of the
+    size and channels that the next reads, another column has the points that the last
+    one reads through as many of them as make no more than 1000 (see
+    :func:`chainer_deform.receptive_points`). Convolutions without offsets before or
+    between the layers are not traced: a layer's input is taken to lie over the whole
+    image evenly.
 
     Training goes on as without it: the model runs in test mode
-    (``chainer.config.train`` is false) without a graph, so that nothing is learnt and
-    no statistics of a batch normalisation change; what it reports is dropped, and
-    NumPy's random generator is put back. Where there is no deformable layer, nothing is
-    written; where there is no Matplotlib, a warning says so when the extension is made,
-    and it does nothing.
+    (``chainer.config.train`` is false) without a graph, so that nothing is learnt
+    and no statistics of a batch normalisation change; what it reports is dropped,
+    and NumPy's random generator is put back. (What a model keeps from one call to
+    the next, such as the state of an LSTM, is not.) Where there is no deformable
+    layer, nothing is written; where there is no Matplotlib, a warning says so when
+    the extension is made, and it does nothing.
 
     Args:
         images (:ref:`ndarray`, tuple, or list of them): What to run the model on: an
@@ -53,10 +59,12 @@ class SamplingPointsReport(training.Extension):
             ``predictor``, as a :class:`~chainer.links.Classifier` does.
         filename (str): Name of the picture in the directory of the trainer, formatted
             with the trainer as the one of :func:`chainer.training.extensions.snapshot`
-            is. Its ending is the format. The picture appears there when it is complete.
+            is. Its ending is the format, one of Matplotlib's. The picture appears there
+            when it is complete.
 
     Raises:
-        TypeError, ValueError: An argument is of the wrong kind, or a pixel is outside.
+        TypeError, ValueError: An argument is of the wrong kind, a pixel is outside, or,
+            when the training starts, there is no target.
         chainer.utils.type_check.InvalidType: The images do not have the shape.
 
     .. seealso:: :func:`chainer_deform.visualize.plot_sampling_points`
@@ -87,21 +95,22 @@ class SamplingPointsReport(training.Extension):
         self._target = target
         self._filename = filename
         self._available = importlib.util.find_spec('matplotlib') is not None
-        if not self._available:
+        if self._available:
+            _check_ending(filename)
+        else:
             warnings.warn(
                 'SamplingPointsReport draws nothing without Matplotlib: '
                 "pip install 'chainer-deform[plot]'",
                 stacklevel=2,
             )
 
+    def initialize(self, trainer: training.Trainer) -> None:
+        self._target_of(trainer)  # no target is an error before the training
+
     def __call__(self, trainer: training.Trainer) -> None:
         if not self._available:
             return
-        target = self._target
-        if target is None:
-            target = trainer.updater.get_optimizer('main').target
-            target = getattr(target, 'predictor', target)
-        calls = self._run(target, trainer)
+        calls = self._run(self._target_of(trainer), trainer)
         if calls:
             path = os.path.join(trainer.out, self._filename.format(trainer))
             figure = self._draw(calls)
@@ -110,10 +119,21 @@ class SamplingPointsReport(training.Extension):
             )
             _save(figure, path)
 
+    def _target_of(self, trainer: training.Trainer) -> chainer.Link:
+        if self._target is not None:
+            return self._target
+        optimizers = trainer.updater.get_all_optimizers()
+        if 'main' not in optimizers:
+            raise ValueError(
+                'target must be given to SamplingPointsReport where no optimizer is '
+                f"named 'main'; there are {sorted(optimizers)}"
+            )
+        target = optimizers['main'].target
+        return getattr(target, 'predictor', target)
+
     def _run(self, target: chainer.Link, trainer) -> list[SamplingCall]:
         """The calls of the deformable layers for the images; leaves no trace."""
         hook = SamplingHook(target)
-        hook.name = f'SamplingPointsReport {id(hook)}'  # beside one of the user's
         state = numpy.random.get_state()
         test_mode = chainer.using_config('train', False)
         quietly = trainer.reporter.scope({})
@@ -172,11 +192,17 @@ def _draw_panel(image, points, pixels, centres, scale, title, ax) -> None:
 
 
 def _stack(calls: list[SamplingCall]) -> int:
-    """The first of the last calls that each read what the call before may have made."""
+    """The first of the last calls that each read what the call before may have made.
+
+    No further down than points can be told apart.
+    """
     first = len(calls) - 1
+    count = calls[first].offset.shape[1] // 2
     while first:
         above, call = calls[first], calls[first - 1]
-        if above.x_shape[1:] != (call.link.out_channels, *call.offset.shape[2:]):
+        count *= call.offset.shape[1] // 2
+        follows = above.x_shape[1:] == (call.link.out_channels, *call.offset.shape[2:])
+        if not follows or count > MOST_POINTS:
             break
         first -= 1
     return first
@@ -232,6 +258,18 @@ def _image_pixels(pixels, size: tuple[int, int]) -> list[tuple[int, int]]:
             f'not {pixels}'
         )
     return pixels
+
+
+def _check_ending(filename: str) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    ending = os.path.splitext(filename)[1]
+    if ending[1:].lower() not in formats:
+        raise ValueError(
+            f'filename must end with a format of Matplotlib, .{", .".join(formats)}, '
+            f'not with {ending!r}: {filename!r}'
+        )
 
 
 def _save(figure, path: str) -> None:

@@ -151,12 +151,18 @@ def test_largest_of_the_whole_epoch_and_anew_in_the_next(tmp_path):
 
 def test_not_finite(tmp_path):
     nan, inf = numpy.nan, numpy.inf
-    data = [offsets((3, 4), (nan, 1), (0, inf), (-inf, nan), (1e30, -1e30))]
+    data = [offsets((3, 4), (nan, 1), (0, inf), (-inf, nan), (1e18, -1e18))]
     with pytest.warns(UserWarning, match='3 of 24 offsets are not finite'):
         (entry,) = run(Given(), data, tmp_path)
-    long = 2**0.5 * 1e30
+    long = 2**0.5 * 1e18
     expected = [(5 + long) / 21, long, 3 / 24, 3 / 24]  # a NaN alone is nowhere
     numpy.testing.assert_allclose(values(entry, 'main/conv'), expected, rtol=1e-6)
+
+
+def test_too_long_to_be_finite(tmp_path):
+    with pytest.warns(UserWarning, match='1 of 24 offsets are not finite'):
+        (entry,) = run(Given(), [offsets((3e38, 3e38), (3, 4))], tmp_path)
+    assert values(entry, 'main/conv') == [5 / 23, 5, 1 / 24, 1 / 24]
 
 
 def test_none_finite(tmp_path):
@@ -285,6 +291,18 @@ def test_warns_once_for_each_layer(tmp_path):
     assert 'chainer_deform.optimizer_hooks.scale_updates(' in a
 
 
+def test_limit_is_that_of_the_largest_image(tmp_path):
+    class Sizes(Given):
+        def forward(self, offset):
+            super().forward(offset)
+            small = numpy.zeros((1, 2, 1, 1), 'f')
+            return 0 * F.sum(self.conv(numpy.ones((1, 1, 1, 1), 'f'), small))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        run(Sizes(), [offsets((0, W - 0.5))], tmp_path)
+
+
 @pytest.mark.parametrize(('warn_above', 'warns'), [(1.9, True), (2, False)])
 def test_threshold(tmp_path, warn_above, warns):
     with warnings.catch_warnings(record=True) as caught:
@@ -362,19 +380,22 @@ def test_copies_of_the_model_are_not_measured(tmp_path):
     trainer = make_trainer(model, [offsets((1, 0))], tmp_path)
     trainer.extend(OffsetStatistics())
 
+    far = offsets((0, 99))[None]  # far enough for a warning
+    copies = []
+
     @training.make_extension(trigger=(1, 'iteration'), priority=1000)
     def call_copies(trainer):
-        far = offsets((0, 3))[None]
-        for copied in (
-            copy.deepcopy(model),
-            model.copy(),
-            pickle.loads(pickle.dumps(model)),
-        ):
+        copies.extend(
+            [copy.deepcopy(model), model.copy(), pickle.loads(pickle.dumps(model))]
+        )
+        for copied in copies:
             copied(far)
 
     trainer.extend(call_copies)
     trainer.run()
     assert log_of(trainer)[0]['main/conv/offset_max'] == 1
+    for copied in copies:
+        copied(far)
 
 
 @pytest.mark.parametrize('autoload', [False, True])
@@ -410,6 +431,23 @@ def test_resume_within_an_epoch(tmp_path, autoload):
     assert values(entry, 'main/conv') == values(expected, 'main/conv')
     assert values(entry, 'main/conv')[1] == 3
     assert values(entry, 'main/conv')[3] == 1 / 96
+
+
+def test_what_was_resumed_is_not_in_the_next_run(tmp_path):
+    data = [offsets((3, 0)), offsets()]
+    first = make_trainer(Given(), data, tmp_path, stop=(1, 'iteration'))
+    first.extend(OffsetStatistics())
+    first.extend(extensions.snapshot(filename='snapshot'), trigger=(1, 'iteration'))
+    first.run()
+    statistics = OffsetStatistics()
+    resumed = make_trainer(Given(), data, tmp_path)
+    resumed.extend(statistics)
+    resumed.extend(extensions.snapshot(filename='snapshot'))
+    chainer.serializers.load_npz(tmp_path / 'snapshot', resumed)
+    resumed.run()
+    assert log_of(resumed)[0]['main/conv/offset_max'] == 3
+    (entry,) = run(Given(), [offsets((1, 0))], tmp_path, statistics)
+    assert entry['main/conv/offset_max'] == 1
 
 
 @pytest.mark.parametrize('strict', [True, False])

@@ -164,6 +164,51 @@ def test_layers_that_do_not_follow_on_each_other(tmp_path, figures):
     assert [title for title, _, _ in panels(figures[0])] == ['a', 'b']
 
 
+@pytest.mark.parametrize(('offset_groups', 'layers'), [(1, 3), (4, 1)])
+def test_no_more_points_than_can_be_told_apart(
+    tmp_path, figures, offset_groups, layers
+):
+    class Deep(chainer.ChainList):
+        def __init__(self):
+            options = {'pad': 1, 'offset_groups': offset_groups}
+            deep = (DeformableConvolution2D(4, 4, 3, **options) for _ in range(12))
+            super().__init__(L.Convolution2D(1, 4, 1), *deep)
+
+        def forward(self, x):
+            for layer in self:
+                x = layer(x)
+            return F.mean(x, axis=(2, 3))
+
+    model = L.Classifier(Deep())
+    make_trainer(tmp_path, SamplingPointsReport(images[0]), model, (1, 'epoch')).run()
+    titles = [title for title, _, _ in panels(figures[0])]
+    stack = [] if layers == 1 else [f'through the last {layers} layers']
+    assert titles == [str(i) for i in range(1, 13)] + stack
+
+
+def test_only_calls_with_the_whole_batch(tmp_path, figures):
+    class Halves(Net):
+        def forward(self, x):
+            h = F.relu(self.norm(self.conv(x)))
+            self.a(h[:1])
+            return F.mean(self.b(h), axis=(2, 3))
+
+    model = L.Classifier(Halves())
+    make_trainer(tmp_path, SamplingPointsReport(images), model, (1, 'epoch')).run()
+    assert [title for title, _, _ in panels(figures[0])] == ['b', 'b']
+
+
+def test_no_target(tmp_path, capsys):
+    optimizer = chainer.optimizers.Adam().setup(L.Classifier(Net()))
+    iterator = chainer.iterators.SerialIterator(data, 2)
+    updater = training.updaters.StandardUpdater(iterator, {'gen': optimizer})
+    trainer = training.Trainer(updater, (1, 'epoch'), out=str(tmp_path))
+    trainer.extend(SamplingPointsReport(images))
+    with pytest.raises(ValueError, match=r"target must be given .* \['gen'\]"):
+        trainer.run()
+    assert updater.iteration == 0
+
+
 def trace(out, report):
     """All that a training leaves behind."""
     trainer = make_trainer(out, report)
@@ -322,6 +367,12 @@ def test_forms_of_images(tmp_path, figures, given, count):
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         SamplingPointsReport(*arguments)
+
+
+@pytest.mark.parametrize('filename', ['points', 'points.xyz', '{.updater.epoch}'])
+def test_file_that_is_no_picture(filename):
+    with pytest.raises(ValueError, match=r'filename must end with .*\.png, '):
+        SamplingPointsReport(images, filename=filename)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
