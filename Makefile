@@ -16,7 +16,7 @@ STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum
 .PHONY: help demo bench docs test test-mpi test-cuda-compile test-gpu sanitize lint format clean
 
 help:
-	@echo 'make demo    set up $(VENV), train the example: plain and deformable model'
+	@echo 'make demo    set up $(VENV), train a plain and a deformable model, draw its points'
 	@echo 'make test    set up $(VENV), run the tests'
 	@echo 'make docs    also install Sphinx, build docs/_build/html'
 	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
@@ -56,7 +56,8 @@ $(STAMP)-docs: $(STAMP)
 	@touch $@
 
 docs: $(STAMP)-docs
-	$(VENV)/bin/python -m docutils --halt=warning README.rst > /dev/null
+	for f in README.rst examples/*/README.rst; do \
+		$(VENV)/bin/python -m docutils --halt=warning $$f > /dev/null || exit 1; done
 	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
 	@echo 'See docs/_build/html/index.html.'
 
@@ -65,7 +66,9 @@ $(STAMP)-mpi: $(STAMP)
 	@touch $@
 
 test-mpi: $(STAMP)-mpi
+	$(VENV)/bin/mpiexec -n 2 $(VENV)/bin/python -c 'import mpi4py.MPI'
 	$(VENV)/bin/python -m pytest tests/mpi
+	$(VENV)/bin/python -m pytest tests/test_docs.py -k train_mn
 
 $(STAMP)-cuda: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -e '.[cuda-compile]'

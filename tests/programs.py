@@ -58,7 +58,7 @@ def expect_success(result):
 
 
 def expect_error(result, message):
-    """Checks that a run ended with one line and exit status 2."""
+    """Checks that train.py ended with one line and exit status 2."""
     assert result.returncode == 2
     assert re.fullmatch(f'train.py: error: .*{message}.*\n', result.stderr)
 

@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import re
 import subprocess
+import textwrap
 
 import chainer
 import chainer.functions as F
@@ -827,3 +829,19 @@ def test_our_parameters_give_our_output(ours, name):
     expected, found = ours[name]
     assert abs(expected).max() > 0.5  # or any layer would do
     numpy.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_module_of_the_documentation(tmp_path):
+    page = pathlib.Path(__file__).parents[1] / 'docs' / 'moving_models.rst'
+    text = page.read_text(encoding='utf-8')
+    (source,) = re.findall(r'^    class Block\(.*?(?=^\S)', text, re.M | re.S)
+    (tmp_path / 'block.py').write_text(textwrap.dedent(source), encoding='utf-8')
+    run_torchvision('block', tmp_path / 'block.py', tmp_path / 'block.npz')
+    with numpy.load(tmp_path / 'block.npz') as archive:
+        state = dict(archive)
+    x, y = state.pop('x'), state.pop('y')
+    # As on the page.
+    with chainer.using_config('dtype', 'float64'):
+        link = DeformableConvolution2D(16, 32, 3, pad=1, modulated=True, mask_scale=2)
+    from_torchvision(link, state, mask_conv='mask_conv')
+    numpy.testing.assert_allclose(link(x).array, y, atol=1e-9)

@@ -2,8 +2,10 @@
 
 ``python torchvision_process.py make OUT.npz`` writes random parameters, inputs and
 outputs of all cases; ``python torchvision_process.py run IN.npz OUT.npz`` loads
-parameters and writes the outputs by case. It runs under any Python that has torch,
-torchvision and NumPy, and exits with ``MISSING`` where one of the former is not there.
+parameters and writes the outputs by case; ``python torchvision_process.py block PAGE.py
+OUT.npz`` writes parameters, input and output of a module ``Block``. It runs under any
+Python that has torch, torchvision and NumPy, and exits with ``MISSING`` where one of
+the former is not there.
 """
 
 from __future__ import annotations
@@ -99,6 +101,17 @@ def run(path: str, out: str) -> None:
     numpy.savez(out, **outputs)
 
 
+def block(path: str, out: str) -> None:
+    names = {'torch': torch, 'torchvision': torchvision}
+    with open(path) as source:
+        exec(source.read(), names)
+    torch.manual_seed(0)
+    module = names['Block']()
+    x = torch.randn(2, 16, 9, 8)
+    state = {key: tensor.numpy() for key, tensor in module.state_dict().items()}
+    numpy.savez(out, x=x.numpy(), y=output(module, {'x': x}).numpy(), **state)
+
+
 def read(path) -> dict:
     """For each case its arrays by name, and apart from them its parameters."""
     cases = {name: ({}, {}) for name in CASES}
@@ -189,4 +202,4 @@ if __name__ == '__main__':
         print(error, file=sys.stderr)
         sys.exit(MISSING)
     torch.set_default_dtype(torch.float64)
-    {'make': make, 'run': run}[sys.argv[1]](*sys.argv[2:])
+    {'make': make, 'run': run, 'block': block}[sys.argv[1]](*sys.argv[2:])

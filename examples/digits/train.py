@@ -67,14 +67,14 @@ def run(args: argparse.Namespace) -> None:
     """
     kinds = common.chosen_models(args)
     device = common.use_device(args.device)
-    for kind in kinds:
-        common.make_directory(args.out / kind)
     datasets = load(args.dataset)
     if args.batchsize > len(datasets[0]):
         raise Failure(
             f'--batchsize {args.batchsize} is too large: '
             f'there are {len(datasets[0])} training images'
         )
+    for kind in kinds:
+        common.make_directory(args.out / kind)
 
     common.configure()
     results, logs = {}, {}
@@ -186,7 +186,11 @@ def compare(
     common.write_json(args.out / 'accuracies.json', report)
     curves = common.plot_curves(logs, TEST_ACCURACIES, 'accuracy')
     common.write(args.out / 'curves.png', curves.savefig)
-    print(f'\n{table(results)}\n\nSee accuracies.json and curves.png in {args.out}.')
+    print(
+        f'\n{table(results)}\n\n'
+        f'See accuracies.json and curves.png in {args.out}, and the pictures of each '
+        'model, such as its sampling points, in the directory named after it.'
+    )
 
 
 def table(results: dict[str, dict]) -> str:

@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
     """
     kinds = common.chosen_models(args)
     device = common.use_device(args.device)
-    for kind in kinds:
-        common.make_directory(args.out / kind)
     if args.batchsize > args.scenes:
         raise Failure(
             f'--batchsize {args.batchsize} is too large: '
             f'there are {args.scenes} training scenes'
         )
+    for kind in kinds:
+        common.make_directory(args.out / kind)
     datasets = load_datasets(args.scenes)
 
     common.configure()

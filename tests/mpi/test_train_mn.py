@@ -271,7 +271,7 @@ def test_error_of_one_worker(datasets, tmp_path):
 
 @needs_mpi
 @pytest.mark.slow
-def test_too_many_workers(run, tmp_path):
+def test_too_many_workers(tmp_path):
     test_digits.make_mnist(tmp_path, 161, 1)
     result = run_workers(tmp_path, tmp_path, [SCRIPT], '')
     expect_error(result, '2 workers are too many for 1 images')
@@ -286,7 +286,7 @@ def test_pure_nccl_without_a_gpu(run):
     expect_error(run('--communicator pure_nccl'), message)
 
 
-def test_without_mpi4py(datasets, tmp_path):
+def test_without_mpi4py(tmp_path):
     (tmp_path / 'mpi4py.py').write_text('raise ModuleNotFoundError("it is gone")')
     path = os.pathsep.join([str(tmp_path), environment()['PYTHONPATH']])
     result = subprocess.run(
