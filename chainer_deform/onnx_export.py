@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import chainer
+import chainer.functions as F
 import numpy
 
 from chainer_deform._version import __version__
@@ -94,12 +95,13 @@ def export(
 
     Raises:
         ImportError: ``onnx`` is not installed, or too old.
-        TypeError: ``model`` is no link, or ``opset_version`` no int.
+        TypeError: ``model`` is no link, one of ``args`` no array, or ``opset_version``
+            no int.
         ValueError: ``opset_version`` is one that the installed ``onnx`` does not have,
-            or the model uses a function without an ONNX form.
-        RuntimeError: A function cannot be exported with the options that it has in the
-            model; or, of ``onnx``, ``checker.ValidationError`` or
-            ``shape_inference.InferenceError``, with its inputs or their dtypes.
+            names do not fit or repeat, or the model uses a function without an ONNX
+            form.
+        RuntimeError: A function cannot be exported with the options, inputs or dtypes
+            that it has in the model, or was called under ``chainer.no_backprop_mode``.
 
     The file is written beside its place and moved there: after an error there is none,
     or still the one that was there before.
@@ -126,10 +128,18 @@ def export(
             f'opset_version must be at most {newest}, the newest of the onnx that is '
             f'installed, not {opset_version}'
         )
-    exported = _export_at_chainers_opset(
-        model, args, input_names, output_names, input_shapes
-    )
-    exported = _at_opset(onnx, exported, opset_version)
+    for option, names in ('input_names', input_names), ('output_names', output_names):
+        _check_names(option, names)
+    args = _checked(args)
+    try:
+        exported = _export_at_chainers_opset(
+            _Traced(model), args, input_names, output_names, input_shapes
+        )
+        exported = _at_opset(onnx, exported, opset_version)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
+        raise RuntimeError(
+            f'the model cannot be exported, as it would be no valid ONNX: {e}'
+        ) from e
     if filename is not None:
         _write(os.fsdecode(filename), exported.SerializeToString())
     return exported
@@ -153,32 +163,122 @@ def _import_onnx() -> types.ModuleType:
     return onnx
 
 
-def _export_at_chainers_opset(model, args, input_names, output_names, input_shapes):
-    import onnx_chainer
+def _check_names(option: str, names) -> None:
+    if isinstance(names, dict):
+        names = names.values()
+    names = [names] if isinstance(names, str) else list(names or ())
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f'{option} must not repeat and not be empty, but are {names}')
 
-    # ONNX-Chainer changes the list or dict that it is given.
+
+def _checked(args):
+    """The arrays of the arguments; ONNX-Chainer changes what it is given."""
+
+    def checked(name, arg):
+        array = chainer.as_array(arg)
+        if not isinstance(array, chainer.get_array_types()):
+            raise TypeError(
+                f'{name} must be an array or a Variable, not a {type(arg).__name__}'
+            )
+        return array
+
     if isinstance(args, (list, tuple)):
-        args = [chainer.as_array(arg) for arg in args]
-    elif isinstance(args, dict):
-        args = {name: chainer.as_array(arg) for name, arg in args.items()}
-    else:
-        args = chainer.as_array(args)
+        return [checked(f'args[{i}]', arg) for i, arg in enumerate(args)]
+    if isinstance(args, dict):
+        return {name: checked(f'args[{name!r}]', arg) for name, arg in args.items()}
+    return checked('args', args)
+
+
+class _Traced:
+    """A model as ONNX-Chainer can write it down; it wants no more than is here.
+
+    Attributes:
+        outputs: What the model returned, one after another.
+
+    """
+
+    def __init__(self, model: chainer.Link) -> None:
+        self.namedlinks = model.namedlinks
+        self._model = model
+        self._keep = _Keep()
+
+    def namedparams(self):
+        """Each parameter once, though layers may be in several places."""
+        seen = set()
+        for name, param in self._model.namedparams():
+            if id(param) not in seen:
+                seen.add(id(param))
+                yield name, param
+
+    def __call__(self, *args, **kwargs):
+        # In ONNX an output is neither an input nor another output.
+        self._taken = [*args, *kwargs.values()]
+        self.outputs = []
+        with self._keep, _NeedsGraph():
+            outputs = self._model(*args, **kwargs)
+            if isinstance(outputs, dict):
+                return {name: self._once(y) for name, y in outputs.items()}
+            if isinstance(outputs, (list, tuple)):
+                return [self._once(y) for y in outputs]
+            return self._once(outputs)
+
+    def _once(self, y):
+        if any(y is other for other in self._taken):
+            y = F.identity(y)
+        self._taken.append(y)
+        self.outputs.append(y)
+        return y
+
+
+class _Keep(chainer.LinkHook):
+    """Keeps what links are given: ONNX-Chainer knows variables while they live."""
+
+    def __init__(self) -> None:
+        self.name = f'onnx_export {id(self)}'
+        self._kept = []
+
+    def forward_preprocess(self, args) -> None:
+        self._kept.append((args.args, args.kwargs))
+
+
+class _NeedsGraph(chainer.FunctionHook):
+    """Says which function leaves no trace."""
+
+    name = 'onnx_export'
+
+    def forward_preprocess(self, function, in_data) -> None:
+        if not chainer.config.enable_backprop:
+            raise RuntimeError(
+                f'the model cannot be exported: it calls {function.label} without a '
+                'graph, under chainer.no_backprop_mode'
+            )
+
+
+def _export_at_chainers_opset(traced, args, input_names, output_names, input_shapes):
+    import onnx_chainer
+    from onnx_chainer import mapping
+
+    converters = {**mapping.converters, **_CONVERTERS}
+    converters = {name: _named(name, f) for name, f in converters.items()}
     with warnings.catch_warnings():
         # They are about how ONNX-Chainer is called, and what it uses of onnx.
-        warnings.filterwarnings('ignore', 'external_.* is experimental', FutureWarning)
+        warnings.filterwarnings(
+            'ignore', '(external_.*|return_named_inout) is experimental', FutureWarning
+        )
         warnings.filterwarnings(
             'ignore', r'`mapping\..* deprecated', DeprecationWarning
         )
         try:
-            return onnx_chainer.export(
-                model,
+            exported, _, outputs = onnx_chainer.export(
+                traced,
                 args,
                 opset_version=_CHAINER_OPSET,
                 input_names=input_names,
                 output_names=output_names,
                 input_shapes=input_shapes,
-                external_converters=_CONVERTERS,
+                external_converters=converters,
                 external_opset_imports={_DOMAIN: 1},
+                return_named_inout=True,
             )
         except ValueError as e:
             unknown = re.fullmatch(r'(\w+) is not supported', str(e))
@@ -189,6 +289,32 @@ def _export_at_chainers_opset(model, args, input_names, output_names, input_shap
                 'the model cannot be exported: ONNX-Chainer has no ONNX form of the '
                 f'function {name}{_HINTS.get(name, "")}'
             ) from None
+    # ONNX-Chainer has them in the order in which it found them.
+    names = {id(y): name for name, y in outputs.items()}
+    values = {value.name: value for value in exported.graph.output}
+    values = [values[names[id(y)]] for y in traced.outputs]
+    del exported.graph.output[:]
+    exported.graph.output.extend(values)
+    return exported
+
+
+def _named(name: str, converter):
+    """The converter, with the function's name in its errors."""
+
+    def convert(params):
+        try:
+            nodes = converter(params)
+        except Exception as e:
+            raise RuntimeError(
+                f'the model cannot be exported: not the function {name} as it is '
+                f'called there ({type(e).__name__}: {e})'
+            ) from e
+        # The statistics of a layer that is called twice are two, else.
+        parameters = params.context.parameters
+        parameters[:] = {id(array): array for array in parameters}.values()
+        return nodes
+
+    return convert
 
 
 def _at_opset(onnx, exported, opset_version: int):
@@ -217,14 +343,17 @@ def _at_opset(onnx, exported, opset_version: int):
 
 
 def _write(path: str, content: bytes) -> None:
+    path = os.path.realpath(path)  # a link stays a link
     part = f'{path}.{os.getpid()}.part'
     try:
         with open(part, 'wb') as f:
             f.write(content)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror, path) from None
         raise
 
 

@@ -423,7 +423,7 @@ def test_an_error_leaves_no_file(tmp_path):
     old.write_text('an old one')
     with pytest.raises(ValueError, match='Flip'):
         export(Model(lambda model, x: F.flip(x, 3)), x, old)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"missing/model\.onnx'$"):
         export(layer, x, tmp_path / 'missing' / 'model.onnx')
     (tmp_path / 'directory').mkdir()
     with pytest.raises(OSError, match='directory'):
@@ -483,7 +483,15 @@ def test_chainers_own_layer_has_to_be_patched():
         ({'opset_version': 999}, ValueError, rf'at most {NEWEST_OPSET}, .*, not 999'),
         ({'opset_version': '19'}, TypeError, "opset_version must be an int, not '19'"),
         ({'model': F.relu}, TypeError, 'model must be a chainer.Link, not a function'),
-        ({'args': 'x'}, ValueError, "'args' argument should be"),
+        ({'args': 'x'}, TypeError, 'args must be an array or a Variable, not a str'),
+        ({'args': [image(2, 3, 6, 7), None]}, TypeError, r'args\[1\] must be an array'),
+        ({'args': {'x': 1.0}}, TypeError, r"args\['x'\] must be an array .* a float"),
+        ({'input_names': ['']}, ValueError, 'input_names must not repeat'),
+        (
+            {'output_names': {'y': 'a', 'z': 'a'}},
+            ValueError,
+            'output_names must not re',
+        ),
         ({'input_shapes': ('n', 3)}, ValueError, 'Shape length must be same'),
         ({'output_names': ['a', 'b']}, ValueError, 'must be single'),
     ],
@@ -514,3 +522,130 @@ def test_warnings_of_the_model_are_not_hidden():
 
     with pytest.warns(FutureWarning, match='my own'):
         export(Model(warn), image(1, 2, 3, 4))
+
+
+def test_file_behind_a_link(tmp_path):
+    (tmp_path / 'link.onnx').symlink_to('model.onnx')
+    exported = export(
+        DeformableConvolution2D(3, 8, 3), image(2, 3, 6, 7), tmp_path / 'link.onnx'
+    )
+    assert (tmp_path / 'link.onnx').is_symlink()
+    assert onnx.load(tmp_path / 'model.onnx') == exported
+
+
+def small_layer(in_channels=3, out_channels=3):
+    layer = DeformableConvolution2D(in_channels, out_channels, (3, 1), pad=(1, 0))
+    randomize(layer)
+    return layer
+
+
+def run_and_compare(model, *args, **options):
+    """Checks all outputs, in the order in which the model returns them."""
+    exported = export(model, list(args), **options)
+    expected = predict(lambda args: model(*args), args)
+    if isinstance(expected, dict):
+        expected = list(expected.values())
+    if not isinstance(expected, (list, tuple)):
+        expected = [expected]
+    outputs = run_in_onnxruntime(exported, *args)
+    assert len(outputs) == len(expected)
+    for y, variable in zip(outputs, expected):
+        numpy.testing.assert_allclose(y, chainer.as_array(variable), atol=1e-5)
+    return [value.name for value in exported.graph.output]
+
+
+@pytest.mark.parametrize(
+    ('forward', 'count'),
+    [
+        (lambda model, x, z: (model.layer(x), F.relu(x)), 2),
+        (lambda model, x, z: [model.layer(x) + z, model.layer(z)], 2),
+        (lambda model, x, z: {'b': F.exp(z), 'a': model.layer(x) * z}, 2),
+        (lambda model, x, z: (model.layer(x) + z,) * 3, 3),  # the same one again
+        (lambda model, x, z: (z, model.layer(x + z), z), 3),  # an input
+    ],
+)
+@pytest.mark.parametrize('named', [False, True])
+def test_order_of_outputs(forward, count, named):
+    names = ['one', 'two', 'three'][:count] if named else None
+    model = Model(forward, layer=small_layer())
+    x, z = image(2, 3, 6, 7), image(2, 3, 6, 7)[::-1].copy()
+    if isinstance(predict(lambda args: model(*args), (x, z)), dict) and named:
+        names = {'a': 'two', 'b': 'one'}
+    found = run_and_compare(model, x, z, output_names=names)
+    if named:
+        assert found == ['one', 'two', 'three'][:count]
+
+
+def tied():
+    first, second = small_layer(), small_layer()
+    with second.deform_conv.init_scope():
+        second.deform_conv.W = first.deform_conv.W
+    return chainer.Sequential(first, second)
+
+
+def sequence(layer):
+    return chainer.Sequential(layer, F.relu, layer)
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: sequence(small_layer()),
+        lambda: Model(
+            lambda model, x: model.b(model.a(x)),
+            **dict.fromkeys('ab', small_layer()),
+        ),
+        tied,
+        lambda: sequence(L.BatchNormalization(3)),
+    ],
+    ids=['twice in a row', 'two names', 'tied filter', 'normalisation'],
+)
+def test_what_is_in_several_places(build):
+    model = build()
+    randomize(model)
+    run_and_compare(model, image(2, 3, 6, 7))
+
+
+def test_variable_made_on_the_way():
+    layer = chainer_deform.links.DeformableConvolution2DSampler(3, 4, 3, pad=1)
+    offset = image(1, 18, 6, 7)
+    run_and_compare(
+        Model(lambda model, x: model.layer(x, chainer.Variable(offset)), layer=layer),
+        image(1, 3, 6, 7),
+    )
+
+
+def test_call_without_a_graph():
+    def forward(model, x):
+        with chainer.no_backprop_mode():
+            return F.relu(model.layer(x))
+
+    with pytest.raises(
+        RuntimeError, match='it calls Convolution2DFunction without a g'
+    ):
+        export(Model(forward, layer=small_layer()), image(2, 3, 6, 7))
+
+
+@pytest.mark.parametrize(
+    ('function', 'message'),
+    [
+        (
+            lambda model, x: F.pad(
+                x, ((0, 0), (0, 0), (1, 1), (1, 1)), 'constant', constant_values=1.5
+            ),
+            'not the function Pad as it is called there',
+        ),
+        (lambda model, x: chainer.Variable(x.array * 2), 'no valid ONNX'),
+    ],
+)
+def test_functions_that_come_out_wrong(function, message):
+    with pytest.raises(RuntimeError, match=message):
+        export(Model(function), image(2, 3, 6, 7))
+
+
+def test_errors_of_the_model_are_its_own():
+    def forward(model, x):
+        raise KeyError('of the model')
+
+    with pytest.raises(KeyError, match='of the model'):
+        export(Model(forward), image(2, 3, 6, 7))
