@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+
 from chainer_deform.convert import offset_to_interleaved
 
 ksize, offset_groups = (2, 2), 2
