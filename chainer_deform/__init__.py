@@ -14,7 +14,7 @@ from chainer_deform import (
 )
 from chainer_deform._patch import patch_chainer, unpatch_chainer
 from chainer_deform._version import __version__
-from chainer_deform.sampling.locations import receptive_points, sampling_locations
+from chainer_deform.locations import receptive_points, sampling_locations
 
 __all__ = [
     '__version__',

@@ -11,9 +11,9 @@ import numpy
 from chainer import backend
 from chainer.utils import type_check
 
+from chainer_deform._checks import float_array, integer
+from chainer_deform.geometry import Geometry
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
-from chainer_deform.sampling.geometry import Geometry, integer
-from chainer_deform.sampling.locations import float_array
 
 __all__ = [
     'from_mmcv',

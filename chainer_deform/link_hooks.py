@@ -8,7 +8,7 @@ from typing import Any
 import chainer
 
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
-from chainer_deform.sampling.locations import sampling_locations
+from chainer_deform.locations import sampling_locations
 
 __all__ = ['SamplingCall', 'SamplingHook']
 

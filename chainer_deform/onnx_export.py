@@ -14,9 +14,9 @@ import chainer
 import chainer.functions as F
 import numpy
 
+from chainer_deform._checks import integer
 from chainer_deform._version import __version__
 from chainer_deform.convert import interleaved_order
-from chainer_deform.sampling.geometry import integer
 
 if TYPE_CHECKING:
     import onnx

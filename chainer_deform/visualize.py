@@ -13,8 +13,7 @@ import numpy
 from chainer.backends import cuda
 from chainer.utils import type_check
 
-from chainer_deform.sampling.geometry import integer
-from chainer_deform.sampling.locations import float_array
+from chainer_deform._checks import float_array, integer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

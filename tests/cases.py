@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy
 
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.geometry import Geometry
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ import numpy
 from chainer import backend, training
 
 from chainer_deform.link_hooks import named_layers, sampling_call
-from chainer_deform.sampling.locations import outside
+from chainer_deform.locations import outside
 
 
 class OffsetStatistics(training.Extension):

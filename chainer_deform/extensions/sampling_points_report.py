@@ -14,9 +14,9 @@ from chainer.backends import cuda
 from chainer.utils import tempdir, type_check
 
 from chainer_deform import visualize
+from chainer_deform._checks import integer
 from chainer_deform.link_hooks import SamplingCall, SamplingHook
-from chainer_deform.sampling.geometry import integer
-from chainer_deform.sampling.locations import receptive_points
+from chainer_deform.locations import receptive_points
 
 #: How many points of one output pixel are drawn through several layers, at most: those
 #: of three layers of 3 x 3 kernels, as in the paper, are 729.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import chainer
-from chainer import backend
 from chainer.utils import type_check
 
+from chainer_deform._checks import check_devices, check_gradient
+from chainer_deform.geometry import Geometry
 from chainer_deform.sampling import cpu, cuda
-from chainer_deform.sampling.geometry import Geometry
 
 
 def deformable_convolution_2d_sampler(
@@ -102,7 +102,7 @@ def deformable_convolution_2d_sampler(
     for name in 'mask', 'b':
         if arguments[name] is None:
             del arguments[name]
-    _check_devices(arguments)
+    check_devices(arguments)
     if len(W.shape) != 4:
         raise ValueError(
             f'W must have 4 axes, (out_c, c / groups, kh, kw), not the shape {W.shape}'
@@ -179,7 +179,7 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
         arguments = dict(zip(self.names, inputs))
         n, _, h, w = arguments['x'].shape
         y_shape = (n, len(arguments['W']), *self.geometry.out_size(h, w))
-        _check_gradient('y', arguments['gy'], y_shape)
+        check_gradient('y', arguments['gy'], y_shape)
         gradients = sampling.backward(self.geometry, self.wanted, **arguments)
         return tuple(gradients[name] for name in self.wanted)
 
@@ -229,7 +229,7 @@ class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
         arguments = dict(zip(self.names, inputs[len(gg) :]))
         for name, array in gg.items():
             what = f'the gradient of {name}'
-            _check_gradient(what, array, arguments[name].shape)
+            check_gradient(what, array, arguments[name].shape)
         gradients = sampling.double_backward(
             self.geometry, self.wanted, gg, **arguments
         )
@@ -240,31 +240,3 @@ class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
             'deformable_convolution_2d_sampler is differentiable twice: gradients of '
             'the gradients of its gradients are not available'
         )
-
-
-def _check_gradient(what: str, gradient, shape: tuple[int, ...]) -> None:
-    """Checks a gradient that was passed to ``chainer.grad``, which does not."""
-    if gradient.shape != shape or gradient.dtype.char not in 'efd':
-        raise type_check.InvalidType(
-            f'the gradient of {what} has the shape {shape} and a float dtype',
-            f'shape == {gradient.shape} and dtype == {gradient.dtype}',
-        )
-
-
-def _check_devices(arguments: dict) -> None:
-    """Checks that every argument is an array and lies where ``x`` lies."""
-    array_types = chainer.get_array_types()
-    devices = {}
-    for name, argument in arguments.items():
-        array = argument.array if isinstance(argument, chainer.Variable) else argument
-        if not isinstance(array, array_types):
-            found = type(argument).__name__
-            if isinstance(argument, chainer.Variable):
-                found += ' that is not initialised'
-            raise TypeError(f'{name} must be a Variable or an array, not a {found}')
-        devices[name] = backend.get_device_from_array(array)
-        if devices[name] != devices['x']:
-            raise ValueError(
-                f'{name} must be on the device of x, {devices["x"]}, '
-                f'but is on {devices[name]}'
-            )

@@ -7,10 +7,11 @@ import chainer.functions as F
 import chainer.links as L
 from chainer import initializers
 
+from chainer_deform._checks import integer
 from chainer_deform.functions.deformable_convolution_2d_sampler import (
     deformable_convolution_2d_sampler,
 )
-from chainer_deform.sampling.geometry import Geometry, integer
+from chainer_deform.geometry import Geometry
 
 
 class DeformableConvolution2D(chainer.Chain):

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy
 
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.geometry import Geometry
 
 #: Bytes that taps and images may take, of all pieces worked on at the same time.
 PIECE_BYTES = 16 << 20

@@ -16,7 +16,7 @@ import chainer
 import numpy
 from chainer.backends.cuda import cupy
 
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.geometry import Geometry
 from chainer_deform.sampling.kernels import sampler_kernel, swap_kernel
 
 #: Bytes that the columns of a piece may take.

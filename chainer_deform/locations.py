@@ -9,7 +9,8 @@ import numpy
 from chainer import backend
 from chainer.utils import type_check
 
-from chainer_deform.sampling.geometry import Geometry, integer
+from chainer_deform._checks import float_array, integer
+from chainer_deform.geometry import Geometry
 
 
 def sampling_locations(
@@ -181,21 +182,6 @@ def outside(points, size: tuple[int, int], axis: int):
     v, u = points[(*before, 0)], points[(*before, 1)]
     h, w = size
     return (v <= -1) | (v >= h) | (u <= -1) | (u >= w)
-
-
-def float_array(name: str, value):
-    """The array of an array or a variable; ``name`` is for the error."""
-    array = value.array if isinstance(value, chainer.Variable) else value
-    if not isinstance(array, chainer.get_array_types()):
-        raise TypeError(
-            f'{name} must be a Variable or an array, not a {type(value).__name__}'
-        )
-    if array.dtype.char not in 'efd':
-        raise type_check.InvalidType(
-            f'{name}.dtype is float16, float32 or float64',
-            f'{name}.dtype == {array.dtype}',
-        )
-    return array
 
 
 def _grid(xp, geometry: Geometry, out_h: int, out_w: int, dtype):

@@ -1,6 +1,6 @@
 import pytest
 
-from chainer_deform.sampling.geometry import Geometry
+from chainer_deform.geometry import Geometry
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 
 from chainer.utils import type_check
+
+from chainer_deform._checks import integer, pair
 
 
 class Geometry:
@@ -28,10 +29,10 @@ class Geometry:
     def __init__(
         self, ksize, stride=1, pad=0, dilate=1, groups: int = 1, offset_groups: int = 1
     ) -> None:
-        self.kh, self.kw = _pair('ksize', ksize, minimum=1)
-        self.sy, self.sx = _pair('stride', stride, minimum=1)
-        self.ph, self.pw = _pair('pad', pad, minimum=0)
-        self.dy, self.dx = _pair('dilate', dilate, minimum=1)
+        self.kh, self.kw = pair('ksize', ksize, minimum=1)
+        self.sy, self.sx = pair('stride', stride, minimum=1)
+        self.ph, self.pw = pair('pad', pad, minimum=0)
+        self.dy, self.dx = pair('dilate', dilate, minimum=1)
         self.groups = integer('groups', groups, minimum=1)
         self.offset_groups = integer('offset_groups', offset_groups, minimum=1)
         self.taps = self.kh * self.kw
@@ -132,21 +133,3 @@ class Geometry:
                 raise type_check.InvalidType(
                     f'{name}.shape == {shape}', f'{name}.shape == {shapes[name]}'
                 )
-
-
-def _pair(name: str, value, minimum: int) -> tuple[int, int]:
-    """An int or a pair of ints as a pair of ints; ``name`` is for the error."""
-    if hasattr(value, '__len__') and len(value) == 2:
-        return tuple(integer(name, v, minimum) for v in value)
-    return (integer(name, value, minimum, 'an int or a pair of ints'),) * 2
-
-
-def integer(name: str, value, minimum: int, expected: str = 'an int') -> int:
-    """``value`` as an int of at least ``minimum``; ``name`` is for the error."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f'{name} must be {expected}, not {value!r}') from None
-    if number < minimum:
-        raise ValueError(f'{name} must be at least {minimum}, not {value!r}')
-    return number
