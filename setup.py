@@ -44,7 +44,7 @@ setup(
             'nvidia-cuda-runtime==13.0.*',
         ],
         # The peers that are compared with.
-        'bench': ['onnxruntime', 'openvino', *fast, *onnx, *plot],
+        'bench': ['onnxruntime', 'openvino', 'threadpoolctl>=3', *fast, *onnx, *plot],
         'plot': plot,
         'onnx': onnx,
         # It needs an MPI: that of the cluster, or the package mpich or openmpi.

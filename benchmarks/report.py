@@ -52,6 +52,31 @@ def table(rows: list[dict]) -> str:
     return '\n'.join(lines)
 
 
+def thread_gains(rows: list[dict], name: str) -> str:
+    """How many times less wall time the contestant takes with more threads."""
+    wall = {
+        row['threads']: row['wall_ms']
+        for row in rows
+        if row['contestant'] == name and 'wall_ms' in row
+    }
+    fewest, *more = sorted(wall) or [None]
+    gains = ', '.join(f'{wall[fewest] / wall[t]:.2f} (threads: {t})' for t in more)
+    return gains and f'{name}, wall time on {fewest} / on more threads: {gains}'
+
+
+def blas_table(blas: dict) -> str:
+    """A line for each contestant, number of threads and library of its process."""
+    lines = ['BLAS and OpenMP of each process']
+    for name, by_threads in blas.items():
+        for threads, libraries in by_threads.items():
+            start = f'{name:26}threads: {threads}'
+            for entry in libraries or [{'library': 'none known'}]:
+                keys = 'api', 'version', 'architecture', 'threads'
+                details = (f'{key} {entry[key]}' for key in keys if entry.get(key))
+                lines.append(f'{start}  {", ".join([entry["library"], *details])}')
+    return '\n'.join(lines)
+
+
 def picture(report: dict) -> Figure:
     """CPU time on the fewest threads, as a multiple of ours, a panel a pass."""
     threads = min(row['threads'] for row in report['rows'])

@@ -4,6 +4,9 @@
 own; ``--growth`` takes growing images and batches; ``--device gpu`` compares on a GPU.
 Each prints a table, and writes the same as JSON and a picture into
 ``benchmarks/results/``.
+
+On the CPU each BLAS chooses its own code: the contestants' processes do not get the
+variables ``BLAS_OVERRIDES``. The report has what threadpoolctl says of each process.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import itertools
 import json
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,8 +35,10 @@ import numpy
 import reference
 import report as reporting
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
 RESULTS = HERE / 'results'
+sys.path.insert(1, str(ROOT))  # the package need not be installed
 
 
 class Case(NamedTuple):
@@ -80,9 +86,21 @@ CONTESTANTS = (
 EXEMPT = 'F.convolution_2d', 'matrix product'
 TOLERANCE = 1e-4
 
-NOTES = (
+# They replace what OpenBLAS detects: its code for the CPU and the size of a cache. The
+# process that computes the expected results keeps them: it is not timed, and an old
+# BLAS may need them to compute correctly.
+BLAS_OVERRIDES = 'OPENBLAS_CORETYPE', 'OPENBLAS_L2_SIZE'
+CONDITIONS = (
+    'Each contestant has a process of its own, without '
+    f'{" and ".join(BLAS_OVERRIDES)} in its environment, so its BLAS chooses the code '
+    'for the CPU. blas is what threadpoolctl says of the process, by contestant and '
+    'number of threads; without threadpoolctl it has names of files only. A contestant '
+    'with wrong results, or whose process dies, gets no time, but a reason. '
+)
+NOTES = CONDITIONS + (
     'Times are medians of runs taken in turn, each after one that is not counted, and '
-    'where it is short the mean of several. '
+    'where it is short the mean of several. Each timed run follows pause_s seconds of '
+    'idleness. '
     'peak_mib is by how much a run makes the resident memory of its process grow, with '
     'its results and with what the contestant sets aside for all runs on the case; '
     'beside_mib is without the results. error is the largest, relative to the largest '
@@ -115,6 +133,7 @@ def main() -> None:
     # What is not the whole is only kept where the user says so.
     if args.out or not (args.quick or args.case):
         name = f'{report["date"]}-cpu{"-growth" if args.growth else ""}'
+        name += f'-pause-{args.pause:g}' if args.pause else ''
         reporting.save((args.out or RESULTS) / name, report, figure)
 
 
@@ -125,12 +144,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--case', nargs='+', help='only these cases')
     parser.add_argument('--repeat', type=int, default=9, help='runs of each contestant')
     parser.add_argument('--threads', type=int, nargs='+', default=[1, 2])
+    parser.add_argument(
+        '--pause',
+        type=float,
+        default=0,
+        metavar='SECONDS',
+        help='idleness before each timed run (default: none, a loop)',
+    )
     parser.add_argument('--quick', action='store_true', help='a trial of a few seconds')
     parser.add_argument('--out', type=pathlib.Path, help=f'default: {RESULTS}')
     args = parser.parse_args()
     if args.device == 'gpu':
-        if args.growth or args.quick:
-            parser.error('--growth and --quick are of the CPU')
+        if args.growth or args.quick or args.pause:
+            parser.error('--growth, --quick and --pause are of the CPU')
         import gpu
 
         known = gpu.CASES
@@ -140,6 +166,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--case takes {", ".join(known)}')
     if min(args.repeat, *args.threads) < 1:
         parser.error('--repeat and --threads must be at least 1')
+    if not 0 <= args.pause < float('inf'):
+        parser.error('--pause must be a number of seconds, 0 or more')
     if args.quick:
         args.threads, args.repeat = [1], 1
     return args
@@ -151,10 +179,11 @@ def compare(args, folder: pathlib.Path):
     cases = {name: cases[name] for name in args.case or cases}
     compilation = None
     if not args.quick and importlib.util.find_spec('numba'):
-        compilation = compile_seconds(folder)
-        print(f'seconds that Numba adds to a first call: {compilation}')
+        with contextlib.suppress(Failure):  # start() gives the reason
+            compilation = compile_seconds(folder)
+            print(f'seconds that Numba adds to a first call: {compilation}')
     with contextlib.ExitStack() as stack:
-        workers, probes, versions, missing = start(args.threads, folder, stack)
+        workers, probes, found = start(args.threads, folder, stack)
         rows, second_order = [], {}
         for name, case in cases.items():
             arrays = random_arrays(case)
@@ -171,22 +200,25 @@ def compare(args, folder: pathlib.Path):
                     probe = probes[contestant, threads]
                     row.update(check(worker, probe, case, backward, wanted))
                     new.append(row)
-                take_times(new, workers.values(), args.repeat)
+                take_times(new, workers.values(), args.repeat, args.pause)
                 add_ratios(new)
                 rows += new
                 items = (f'{k} {v}' for k, v in case._asdict().items())
                 print(f'\n{name}, {pass_} ({", ".join(items)})')
                 print(reporting.table(new), flush=True)
-            ours = workers[OURS, min(args.threads)]
-            second_order[name] = ours.ask('second_order')
-            ratio = second_order[name]['second'] / second_order[name]['first']
-            print(f'{name}: the second order takes {ratio:.1f} times the first')
+                if gains := reporting.thread_gains(new, OURS):
+                    print(gains, flush=True)
+            with contextlib.suppress(Failure, KeyError):  # its rows give the reason
+                ours = workers[OURS, min(args.threads)]
+                second_order[name] = ours.ask('second_order')
+                ratio = second_order[name]['second'] / second_order[name]['first']
+                print(f'{name}: the second order takes {ratio:.1f} times the first')
     report = {
         'date': datetime.date.today().isoformat(),
         'machine': machine(),
         'repeat': args.repeat,
-        'versions': versions,
-        'missing': missing,
+        'pause_s': args.pause,
+        **found,
         'contestants': CONTESTANTS,
         'cases': {name: case._asdict() for name, case in cases.items()},
         'notes': NOTES,
@@ -198,7 +230,11 @@ def compare(args, folder: pathlib.Path):
 
 
 def start(threads: list[int], folder: pathlib.Path, stack: contextlib.ExitStack):
-    """Workers and memory probes by name and threads; versions and reasons by name."""
+    """Workers and memory probes by name and threads, and what the report says of them.
+
+    That is by name: versions, the BLAS by number of threads, and the reason why a
+    contestant is missing.
+    """
     print(f'starting {len(CONTESTANTS)} contestants', flush=True)
     workers, probes = {}, {}
     for key in itertools.product(CONTESTANTS, threads):
@@ -208,20 +244,23 @@ def start(threads: list[int], folder: pathlib.Path, stack: contextlib.ExitStack)
         if key[1] > 1:
             probe = Worker(*key, folder, MALLOC_ARENA_MAX='1')
             probes[key] = stack.enter_context(probe)
-    versions, missing = {}, {}
+    versions, blas, missing = {}, {}, {}
     for key, worker in list(workers.items()):
+        name, of_threads = key[0], str(key[1])
         try:
-            versions[key[0]] = worker.receive()
+            versions[name] = worker.receive()
+            blas.setdefault(name, {})[of_threads] = worker.ask('blas')['libraries']
             if probes[key] is not worker:
                 probes[key].receive()
         except Failure as failure:
-            missing[key[0]] = str(failure)
+            missing[name] = str(failure)
             del workers[key]
     for name, found in versions.items():
         print(f'{name}: {", ".join(f"{k} {v}" for k, v in found.items())}')
+    print(reporting.blas_table(blas))
     for name, reason in missing.items():
         print(f'{name}: left out ({reason})')
-    return workers, probes, versions, missing
+    return workers, probes, {'versions': versions, 'blas': blas, 'missing': missing}
 
 
 def grow(args, folder: pathlib.Path):
@@ -233,6 +272,8 @@ def grow(args, folder: pathlib.Path):
         print(f'starting {len(sizes)} processes', flush=True)
         workers = [stack.enter_context(Worker(OURS, 1, folder)) for _ in sizes]
         versions = [worker.receive() for worker in workers][0]
+        blas = {OURS: {'1': workers[0].ask('blas')['libraries']}}
+        print(reporting.blas_table(blas))
         for pass_, backward in PASSES.items():
             new = []
             for (n, size), worker in zip(sizes, workers):
@@ -246,7 +287,7 @@ def grow(args, folder: pathlib.Path):
                 row.update(check(worker, worker, case, backward, expected))
                 new.append(row)
                 print(f'{pass_}, {n} x {size} x {size}: checked', flush=True)
-            take_times(new, workers, args.repeat)
+            take_times(new, workers, args.repeat, args.pause)
             by_size = dict(zip(sizes, new))
             for name, of_series in series.items():
                 rows += add_growth([{'series': name, **by_size[s]} for s in of_series])
@@ -255,9 +296,12 @@ def grow(args, folder: pathlib.Path):
         'date': datetime.date.today().isoformat(),
         'machine': machine(),
         'repeat': args.repeat,
+        'pause_s': args.pause,
         'contestant': OURS,
         'channels': CHANNELS,
+        'notes': CONDITIONS,
         'versions': versions,
+        'blas': blas,
         'rows': rows,
     }
     return report, reporting.growth_picture(report)
@@ -273,6 +317,8 @@ class Worker:
     def __init__(self, name: str, threads: int, folder, **environment: str) -> None:
         python = sys.executable
         environment = {**os.environ, **environment}
+        for variable in BLAS_OVERRIDES:
+            environment.pop(variable, None)
         for variable in 'OMP', 'OPENBLAS', 'MKL', 'NUMBA':
             environment[f'{variable}_NUM_THREADS'] = str(threads)
         # Threads without work sleep, or they would disturb the other contestants.
@@ -282,6 +328,9 @@ class Worker:
         if name == 'torchvision':
             python = os.environ.get('TORCHVISION_PYTHON', '/usr/bin/python3')
             environment.pop('PYTHONPATH', None)
+        else:
+            paths = [str(ROOT), environment.get('PYTHONPATH')]
+            environment['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
         self.folder = folder
         self.log = folder / f'{id(self)}.log'
         try:
@@ -324,8 +373,10 @@ class Worker:
             raise Failure(self.reason)
         line = self.process.stdout.readline()
         if not line:
+            status = self.process.wait()
+            how = signal.Signals(-status).name if status < 0 else f'exit {status}'
             last = self.log.read_text().splitlines()[-1:]
-            raise Failure(' '.join([f'died ({self.process.wait()}):', *last]))
+            raise Failure(': '.join([f'died ({how})', *last]))
         reply = json.loads(line)
         if 'error' in reply:
             raise Failure(reply['error'])
@@ -400,15 +451,18 @@ def relative_errors(expected: dict, found) -> dict:
     return errors
 
 
-def take_times(rows: list[dict], workers, repeat: int) -> None:
-    """Adds the medians of runs in turn to the rows without a reason against."""
+def take_times(rows: list[dict], workers, repeat: int, pause: float) -> None:
+    """Adds the medians of runs in turn to the rows without a reason against.
+
+    Each timed run follows ``pause`` seconds of idleness.
+    """
     times = [[] for _ in rows]
     for turn in range(repeat):
         show_progress(f'round {turn + 1} of {repeat}')
         for row, worker, of_row in zip(rows, workers, times):
             if 'reason' not in row:
                 try:
-                    of_row.append(worker.ask('time'))
+                    of_row.append(worker.ask('time', pause=pause))
                 except Failure as failure:
                     row['reason'] = str(failure)
     show_progress('')
@@ -456,7 +510,7 @@ def compile_seconds(folder) -> dict:
             worker.receive()
             worker.load(case, backward=True)
             first = worker.ask('first')['wall']
-            seconds[cache] = round(first - worker.ask('time')['wall'], 3)
+            seconds[cache] = round(first - worker.ask('time', pause=0)['wall'], 3)
     return seconds
 
 

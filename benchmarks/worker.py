@@ -338,18 +338,20 @@ class Commands:
     """What the parent may ask for, one method per command."""
 
     def start(self, name: str, threads: int) -> dict:
-        """Imports all; returns the versions of it, and the files of its BLAS."""
+        """Imports all; returns the versions of it."""
         self.contestant = CONTESTANTS[name](threads)
         found = {'python': platform.python_version()}
         for name in self.contestant.libraries:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 version = getattr(sys.modules.get(name), '__version__', None)
                 found[name] = version or importlib.metadata.version(name)
-        with contextlib.suppress(OSError), open('/proc/self/maps') as maps:
-            names = {os.path.basename(line.split()[-1]) for line in maps}
-            blas = filter(re.compile('lib.*(blas|mkl)').match, names)
-            found['blas'] = ' '.join(sorted(blas))
         return found
+
+    def blas(self) -> dict:
+        """The libraries with threads of this process, after a product."""
+        square = numpy.ones((256, 256), 'float32')
+        numpy.matmul(square, square)
+        return {'libraries': libraries()}
 
     def load(self, arrays: str, options: dict, backward: bool) -> None:
         """Prepares to run on the arrays of a file."""
@@ -370,12 +372,13 @@ class Commands:
             results['goffset'] = separate(results['goffset'], self.offset_groups)
         numpy.savez(path, **results)
 
-    def time(self) -> dict:
+    def time(self, pause: float) -> dict:
         """Seconds of a run, on the clock and of all cores.
 
-        After one that is not counted; the mean of so many that they take 20 ms.
+        After one that is not counted; the mean of so many that they and the pauses
+        take 20 ms.
         """
-        return stopwatch(self.run, 0.02)
+        return stopwatch(self.run, 0.02, pause)
 
     def first(self) -> dict:
         """Seconds of the first run."""
@@ -411,17 +414,56 @@ class Commands:
         return {'peak': statistics.median(peaks), 'results': size}
 
 
-def stopwatch(run, least: float = 0) -> dict:
-    """Seconds of a run, or the mean of so many, after another, that take ``least``."""
+def libraries() -> list[dict]:
+    """BLAS and OpenMP of this process, as threadpoolctl tells.
+
+    Without threadpoolctl, the files of its BLAS.
+    """
+    try:
+        import threadpoolctl
+    except ImportError:
+        return [{'library': name} for name in mapped_blas()]
+    pools = sorted(threadpoolctl.threadpool_info(), key=lambda pool: pool['filepath'])
+    return [
+        {
+            'library': os.path.basename(pool['filepath']),
+            'api': pool['internal_api'],
+            'version': pool['version'],
+            'architecture': pool.get('architecture'),
+            'threads': pool['num_threads'],
+        }
+        for pool in pools
+    ]
+
+
+def mapped_blas() -> list[str]:
+    """Names of the files of a BLAS that this process has mapped."""
+    try:
+        with open('/proc/self/maps') as maps:
+            names = {os.path.basename(line.split()[-1]) for line in maps}
+    except OSError:  # not on Linux
+        return []
+    return sorted(filter(re.compile('lib.*(blas|mkl)').match, names))
+
+
+def stopwatch(run, least: float = 0, pause: float = 0) -> dict:
+    """Seconds of a run, or the mean of so many, after another, that take ``least``.
+
+    ``pause`` seconds of idleness come before each, and count for ``least``.
+    """
     count = 1
     if least:
         start = time.perf_counter()
         run()
-        count = max(1, math.ceil(least / (time.perf_counter() - start)))
-    wall, cpu = time.perf_counter(), time.process_time()
+        count = max(1, math.ceil(least / (time.perf_counter() - start + pause)))
+    wall = cpu = 0
     for _ in range(count):
+        if pause:
+            time.sleep(pause)
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         run()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        cpu += time.process_time() - cpu_start
+        wall += time.perf_counter() - wall_start
     return {'wall': wall / count, 'cpu': cpu / count}
 
 

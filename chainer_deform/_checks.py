@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
 
 import chainer
 from chainer import backend
 from chainer.utils import type_check
+
+#: The largest number that an option may be: products of two never overflow 64 bits.
+MOST = 2**31 - 1
 
 
 def pair(name: str, value, minimum: int) -> tuple[int, int]:
@@ -17,13 +21,15 @@ def pair(name: str, value, minimum: int) -> tuple[int, int]:
 
 
 def integer(name: str, value, minimum: int, expected: str = 'an int') -> int:
-    """``value`` as an int of at least ``minimum``; ``name`` is for the error."""
+    """``value`` as an int from ``minimum`` to ``MOST``; ``name`` is for the error."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f'{name} must be {expected}, not {value!r}') from None
     if number < minimum:
         raise ValueError(f'{name} must be at least {minimum}, not {value!r}')
+    if number > MOST:
+        raise ValueError(f'{name} must be at most {MOST}, not {value!r}')
     return number
 
 
@@ -42,6 +48,46 @@ def float_array(name: str, value):
     return array
 
 
+def float_shapes(types: Mapping) -> dict[str, tuple[int, ...]]:
+    """The shapes of arrays by argument name, all of which have a float dtype.
+
+    Args:
+        types: Maps argument names to what
+            :meth:`chainer.FunctionNode.check_type_forward` receives; in Chainer's light
+            mode that is the arrays.
+
+    """
+    shapes = {}
+    for name, array_type in types.items():
+        shapes[name] = type_check.eval(array_type.shape)
+        dtype = type_check.eval(array_type.dtype)
+        if dtype.char not in 'efd':
+            raise type_check.InvalidType(
+                f'{name}.dtype is float16, float32 or float64',
+                f'{name}.dtype == {dtype}',
+            )
+    return shapes
+
+
+def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Checks the shape of an array; ``name`` is for the error."""
+    if shape != expected:
+        raise type_check.InvalidType(
+            f'{name}.shape == {expected}', f'{name}.shape == {shape}'
+        )
+
+
+def check_in_any_case(check: Callable, arguments: Mapping) -> None:
+    """Calls ``check`` with the arrays where Chainer calls no ``check_type_forward``.
+
+    That is where ``chainer.config.type_check`` is false. Compiled code has to be able
+    to rely on the shapes even then.
+    """
+    if not chainer.config.type_check:
+        with type_check.light_mode:
+            check(arguments)
+
+
 def check_gradient(what: str, gradient, shape: tuple[int, ...]) -> None:
     """Checks a gradient that was passed to ``chainer.grad``, which does not."""
     if gradient.shape != shape or gradient.dtype.char not in 'efd':
@@ -49,6 +95,20 @@ def check_gradient(what: str, gradient, shape: tuple[int, ...]) -> None:
             f'the gradient of {what} has the shape {shape} and a float dtype',
             f'shape == {gradient.shape} and dtype == {gradient.dtype}',
         )
+
+
+def check_second_gradients(gg: Mapping, arguments: Mapping) -> None:
+    """Checks gradients of gradients, by argument name, that were passed in."""
+    for name, gradient in gg.items():
+        check_gradient(f'the gradient of {name}', gradient, arguments[name].shape)
+
+
+def third_order_error(function: str) -> RuntimeError:
+    """The error of a function that is differentiable twice, by its name."""
+    return RuntimeError(
+        f'{function} is differentiable twice: gradients of the gradients of its '
+        'gradients are not available'
+    )
 
 
 def check_devices(arguments: dict) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from chainer.utils import type_check
 
-from chainer_deform._checks import integer, pair
+from chainer_deform._checks import check_shape, float_shapes, integer, pair
 
 
 class Geometry:
@@ -94,16 +94,7 @@ class Geometry:
             ValueError: The groups or offset groups do not divide the channels.
 
         """
-        shapes = {}
-        for name, array_type in types.items():
-            shapes[name] = type_check.eval(array_type.shape)
-            dtype = type_check.eval(array_type.dtype)
-            if dtype.char not in 'efd':
-                raise type_check.InvalidType(
-                    f'{name}.dtype is float16, float32 or float64',
-                    f'{name}.dtype == {dtype}',
-                )
-
+        shapes = float_shapes(types)
         out_c, group_c = shapes['W'][:2]
         c = group_c * self.groups
         self.W_shape(c, out_c)
@@ -129,7 +120,4 @@ class Geometry:
             ('mask', (n, taps, out_h, out_w)),
             ('b', (out_c,)),
         ):
-            if shapes.get(name, shape) != shape:
-                raise type_check.InvalidType(
-                    f'{name}.shape == {shape}', f'{name}.shape == {shapes[name]}'
-                )
+            check_shape(name, shapes.get(name, shape), shape)

@@ -109,6 +109,63 @@ CASES = {
     'empty batch': Case(n=0, mask=True),
 }
 
+
+@dataclasses.dataclass
+class SumCase:
+    """Shapes and options of a sampled sum, asymmetric like those of a :class:`Case`."""
+
+    n: int = 2
+    c: int = 6
+    size: tuple[int, int] = (5, 7)
+    q: int = 8
+    groups: int = 1
+    points: int = 3
+    indices: tuple[int, ...] | None = None
+    border: str = 'zero'
+
+    @property
+    def options(self) -> dict:
+        indices = None if self.indices is None else numpy.array(self.indices, int)
+        return {'indices': indices, 'border': self.border}
+
+    def arrays(self, dtype='float64', location_dtype=None, seed=0) -> dict:
+        """Random arguments by name. The points are up to 2 pixels outside the image,
+        and 0.1 or more clear of lattice lines."""
+        random = numpy.random.RandomState(seed)
+        shape = self.q, self.groups, self.points
+        cells = [random.randint(-2, size + 1, shape) for size in self.size]
+        locations = numpy.stack(cells, -1) + random.uniform(0.1, 0.9, (*shape, 2))
+        return {
+            'x': random.uniform(-1, 1, (self.n, self.c, *self.size)).astype(dtype),
+            'locations': locations.astype(location_dtype or dtype),
+            'weights': random.uniform(-1, 1, shape).astype(location_dtype or dtype),
+        }
+
+    def gy(self, dtype='float64', seed=1):
+        random = numpy.random.RandomState(seed)
+        return random.uniform(-1, 1, (self.q, self.c)).astype(dtype)
+
+
+SUM_CASES = {
+    f'{name}, {border}': dataclasses.replace(case, border=border)
+    for name, case in {
+        'plain': SumCase(),
+        'groups': SumCase(groups=3),
+        'one channel a group': SumCase(n=1, c=4, q=7, groups=4),
+        # In no order, of images 1 and 3 nothing.
+        'indices': SumCase(n=5, groups=2, indices=(4, 0, 2, 2, 0, 4, 2, 4)),
+        'one point': SumCase(points=1, q=12),
+        'many points': SumCase(n=1, c=20, size=(9, 4), q=3, groups=2, points=25),
+        '1 x 1 image': SumCase(size=(1, 1), groups=2),
+        'one row': SumCase(size=(1, 6)),
+        'one column': SumCase(size=(6, 1)),
+        'no positions': SumCase(q=0, groups=2),
+        'no positions, indices': SumCase(q=0, indices=()),
+        'no images': SumCase(n=0, q=0, groups=2),
+    }.items()
+    for border in ('zero', 'clamp')
+}
+
 #: Gradients that may be asked for together.
 WANTED = [
     ('x',),
@@ -143,3 +200,8 @@ def assert_close(actual, expected, name: str, dtype=None) -> None:
         atol=TOLERANCES[str(dtype or actual.dtype)] * scale,
         err_msg=name,
     )
+
+
+def infinity_as_nan(array):
+    """For sums of infinities: the order of a sum decides which of the two it is."""
+    return numpy.where(numpy.isfinite(array), array, numpy.nan)

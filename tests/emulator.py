@@ -39,7 +39,8 @@ _HEADER = r"""
 #include <cstddef>
 #include <cstring>
 #define __device__
-#define __CUDA_ARCH__ 0
+#define __CUDACC_VER_MAJOR__ 13
+#define __CUDACC_VER_MINOR__ 0
 using std::floor;
 using std::isnan;
 
@@ -72,9 +73,20 @@ struct float16 {
     }
 };
 
+static const char* broken;
+
 template <typename T> T atomicAdd(T* address, T value) { return *address += value; }
 
-static const char* broken;
+struct float4 {
+    float x, y, z, w;
+};
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static float4 atomicAdd(float4* address, float4 value) {
+    if ((size_t)address % 16) broken = "alignment of a float4";
+    const float4 old = *address;
+    *address = {old.x + value.x, old.y + value.y, old.z + value.z, old.w + value.w};
+    return old;
+}
 
 template <typename T> struct Raw {
     T* data;
@@ -138,6 +150,10 @@ for (std::thread& lane : lanes) lane.join();
 
 
 class ElementwiseKernel:
+    """Compiles for the host what CuPy compiles for a GPU of some architecture."""
+
+    architecture = 800
+
     def __init__(self, in_params, out_params, operation, name, preamble=''):
         self.inputs = [param.split() for param in in_params.split(',')]
         self.outputs = [param.split() for param in out_params.split(',')]
@@ -151,10 +167,12 @@ class ElementwiseKernel:
         for param, arg in zip(params, args):
             name = param[-1]
             if param[0] != 'raw':
-                fields.append(
-                    f'const {_TYPES[param[0]]} {name} = (int)scalars[{name}_];'
-                )
-                values.append((name, int(arg), 0))
+                kind = 'reals' if param[0].startswith('float') else 'scalars'
+                type_name = _TYPES[param[0]]
+                fields.append(f'const {type_name} {name} = {kind}[{name}_];')
+                if kind == 'scalars' and not -(2**31) <= arg < 2**31:
+                    raise OverflowError(f'{name} is {arg}')
+                values.append((name, arg, 0))
                 continue
             type_name = _TYPES[arg.dtype.name]
             if letters.setdefault(param[1], type_name) != type_name:
@@ -170,6 +188,7 @@ class ElementwiseKernel:
         warp = re.search(r'#define LANES (?!1\n)', self.preamble)
         source = '\n'.join(
             [
+                f'#define __CUDA_ARCH__ {self.architecture}',
                 _HEADER,
                 _WARP if warp else '',
                 *(
@@ -180,7 +199,8 @@ class ElementwiseKernel:
                 self.preamble,
                 'enum {' + ', '.join(f'{name}_' for name, _, _ in values) + '};',
                 'extern "C" const char* run(',
-                '    long long n, const long long* scalars, const long long* sizes) {',
+                '    long long n, const long long* scalars, const double* reals,',
+                '    const long long* sizes) {',
                 *fields,
                 'broken = 0;',
                 'const auto body = [&](ptrdiff_t i) {',
@@ -192,9 +212,11 @@ class ElementwiseKernel:
             ]
         )
         array = ctypes.c_longlong * len(values)
+        reals = ctypes.c_double * len(values)
         broken = _compile(source)(
             ctypes.c_longlong(size),
-            array(*(value for _, value, _ in values)),
+            array(*(int(value) for _, value, _ in values)),
+            reals(*(float(value) for _, value, _ in values)),
             array(*(size for _, _, size in values)),
         )
         if broken:
@@ -289,11 +311,17 @@ cupy = types.SimpleNamespace(
 )
 
 
-def emulate(monkeypatch, **names) -> None:
+def emulate(monkeypatch, architecture: int = 800, tf32: bool = False, **names) -> None:
     """Has the GPU path run on NumPy arrays, until the test ends.
 
-    ``names`` replace some of what stands in for CuPy.
+    Args:
+        monkeypatch: The fixture.
+        architecture: What kernels are compiled for; 900 has atomics of four floats.
+        tf32: Whether CuPy is set to use TF32.
+        names: They replace some of what stands in for CuPy.
+
     """
+    monkeypatch.setattr(ElementwiseKernel, 'architecture', architecture)
     stand_in = types.SimpleNamespace(**{**vars(cupy), **names})
     for module in cuda, kernels:
         monkeypatch.setattr(module, 'cupy', stand_in)
@@ -301,4 +329,4 @@ def emulate(monkeypatch, **names) -> None:
         make_kernel = getattr(kernels, name).__wrapped__
         monkeypatch.setattr(cuda, name, functools.cache(make_kernel))
     monkeypatch.setattr(cuda, '_pointer', lambda array: array.ctypes.data)
-    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: False)
+    monkeypatch.setattr(cuda, '_cupy_uses_tf32', lambda: tf32)

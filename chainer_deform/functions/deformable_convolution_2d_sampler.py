@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import chainer
-from chainer.utils import type_check
 
-from chainer_deform._checks import check_devices, check_gradient
+from chainer_deform._checks import (
+    check_devices,
+    check_gradient,
+    check_in_any_case,
+    check_second_gradients,
+    third_order_error,
+)
 from chainer_deform.geometry import Geometry
-from chainer_deform.sampling import cpu, cuda
+from chainer_deform.sampling import convolution, cpu, cuda
 
 
 def deformable_convolution_2d_sampler(
@@ -108,11 +113,7 @@ def deformable_convolution_2d_sampler(
             f'W must have 4 axes, (out_c, c / groups, kh, kw), not the shape {W.shape}'
         )
     geometry = Geometry(W.shape[2:], stride, pad, dilate, groups, offset_groups)
-    if not chainer.config.type_check:
-        # Then the node does not check its arrays. Compiled code has to be able to rely
-        # on their shapes.
-        with type_check.light_mode:
-            geometry.check_arrays(arguments)
+    check_in_any_case(geometry.check_arrays, arguments)
     node = DeformableConvolution2DSampler(geometry, tuple(arguments))
     (y,) = node.apply(tuple(arguments.values()))
     return y
@@ -140,9 +141,10 @@ class DeformableConvolution2DSampler(chainer.FunctionNode):
     def forward_gpu(self, inputs):
         return self._forward(cuda, inputs)
 
-    def _forward(self, sampling, inputs):
+    def _forward(self, backend, inputs):
         self.retain_inputs(range(len(inputs)))
-        return (sampling.forward(self.geometry, **dict(zip(self.names, inputs))),)
+        arguments = dict(zip(self.names, inputs))
+        return (convolution.forward(backend, self.geometry, **arguments),)
 
     def backward(self, indexes, gy):
         node = DeformableConvolution2DSamplerGrad(
@@ -174,13 +176,15 @@ class DeformableConvolution2DSamplerGrad(chainer.FunctionNode):
     def forward_gpu(self, inputs):
         return self._forward(cuda, inputs)
 
-    def _forward(self, sampling, inputs):
+    def _forward(self, backend, inputs):
         self.retain_inputs(range(len(inputs)))
         arguments = dict(zip(self.names, inputs))
         n, _, h, w = arguments['x'].shape
         y_shape = (n, len(arguments['W']), *self.geometry.out_size(h, w))
         check_gradient('y', arguments['gy'], y_shape)
-        gradients = sampling.backward(self.geometry, self.wanted, **arguments)
+        gradients = convolution.backward(
+            backend, self.geometry, self.wanted, **arguments
+        )
         return tuple(gradients[name] for name in self.wanted)
 
     def backward(self, indexes, gg):
@@ -224,19 +228,14 @@ class DeformableConvolution2DSamplerDoubleGrad(chainer.FunctionNode):
     def forward_gpu(self, inputs):
         return self._forward(cuda, inputs)
 
-    def _forward(self, sampling, inputs):
+    def _forward(self, backend, inputs):
         gg = dict(zip(self.gg_names, inputs))
         arguments = dict(zip(self.names, inputs[len(gg) :]))
-        for name, array in gg.items():
-            what = f'the gradient of {name}'
-            check_gradient(what, array, arguments[name].shape)
-        gradients = sampling.double_backward(
-            self.geometry, self.wanted, gg, **arguments
+        check_second_gradients(gg, arguments)
+        gradients = convolution.double_backward(
+            backend, self.geometry, self.wanted, gg, **arguments
         )
         return tuple(gradients[name] for name in self.wanted)
 
     def backward(self, indexes, grad_outputs):
-        raise RuntimeError(
-            'deformable_convolution_2d_sampler is differentiable twice: gradients of '
-            'the gradients of its gradients are not available'
-        )
+        raise third_order_error('deformable_convolution_2d_sampler')

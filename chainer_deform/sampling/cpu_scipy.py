@@ -1,8 +1,8 @@
-"""What the CPU path is made of, in NumPy and SciPy: it is always there.
+"""The loops of the CPU in NumPy and SciPy, where Numba cannot be used.
 
-Twin of :mod:`chainer_deform.sampling.cpu_numba`; :mod:`chainer_deform.sampling.cpu`
-says what is what. Sampling is a sparse matrix of four entries per row: a row is a tap,
-a column one pixel of the image. Its transpose scatters.
+Twin of :mod:`chainer_deform.sampling.cpu_numba`, which says what the arrays are; here
+``columns`` always have all channels. Sampling is a sparse matrix with four numbers in
+each row: a row is a point, a column a pixel of the image.
 """
 
 from __future__ import annotations
@@ -12,121 +12,168 @@ import itertools
 import numpy
 from scipy import sparse
 
-from chainer_deform.sampling.bilinear import axis, point_limit
+from chainer_deform.sampling import rule
 
 #: Bytes that the columns of a tile may take. A sparse matrix is costly to set up.
 TILE_BYTES = 8 << 20
 
 
 def thread_count() -> int:
-    """One: SciPy lets no other thread run. NumPy's products have threads of theirs."""
+    """One: SciPy lets no other thread run. NumPy's products have their own."""
     return 1
 
 
-def lanes(dtype) -> int:
-    """What the rows of a matrix are padded to a multiple of."""
-    return 1
-
-
-def locate(grids, offsets, sizes, pixels, row_weights, col_weights) -> tuple[int, int]:
-    """Finds the corners of the points ``grids + offsets``, each of rows and of columns.
-
-    Returns the first and the last row that a point touches; (0, -1) if none does.
-    """
+def locate(
+    images, grid, offsets, size, limits, clamp,
+    pixels, row_weights, col_weights, slopes,
+):  # fmt: skip
+    """Finds the corners of the points, and their weights along both axes."""
     corners = []
-    for grid, offset, size, weights in zip(
-        grids, offsets, sizes, (row_weights, col_weights)
+    for i, (weights, position, tap) in enumerate(
+        zip((row_weights, col_weights), grid[:2], grid[2:])
     ):
-        limit = point_limit(grid, size, offset.dtype)
-        index, after, before_inside, after_inside = axis(grid, offset, size, limit)
-        weights[0] = numpy.where(before_inside, 1 - after, 0)
-        weights[1] = numpy.where(after_inside, after, 0)
-        corners.append(((index, before_inside), (index + 1, after_inside)))
-    h, w = sizes
-    first = numpy.arange(pixels.shape[1])[:, None, None, None] * h
-    for corner, ((row, row_inside), (col, col_inside)) in enumerate(
+        index, after, before_counts, next_counts, slopes[i] = rule.axis(
+            tap[:, None] + position, offsets[i], size[i], limits[i], clamp
+        )
+        weights[0] = numpy.where(before_counts, 1 - after, 0)
+        weights[1] = numpy.where(next_counts, after, 0)
+        corners.append(((index, before_counts), (index + 1, next_counts)))
+    h, w = size
+    for corner, ((row, row_counts), (col, col_counts)) in enumerate(
         itertools.product(*corners)
     ):
-        inside = row_inside & col_inside
-        pixels[corner] = numpy.where(inside, 1 + (first + row) * w + col, 0)
-    touched = numpy.concatenate([row[inside] for row, inside in corners[0]])
-    return (int(touched.min()), int(touched.max())) if touched.size else (0, -1)
+        inside = row_counts & col_counts
+        pixels[corner] = numpy.where(inside, 1 + (images * h + row) * w + col, 0)
+    slopes &= (pixels != 0).any(axis=0)
 
 
-def gather(image, pixels, weights, scale, tile, columns, add) -> None:
-    """``columns = sum of weights * image[pixels]``, times ``scale``; or ``+=``."""
-    samples = _matrix(image, pixels, weights, tile) @ _pixel_rows(image)
-    samples *= _by_tap(scale, tile)[:, None]
-    samples = samples.reshape(columns.shape)
-    if add:
-        columns += samples
-    else:
-        columns[...] = samples
+def sample(image, pixels, weights, scale, first, columns, add):
+    """``columns = scale * sum of weights * image[pixels]``, or ``+=``."""
+    for some, some_weights, factors in _steps(columns, pixels, weights, scale):
+        samples = _matrix(image, some, some_weights) @ _pixel_rows(image, some)
+        samples *= _by_point(factors)[:, None]
+        # (points, c / groups) -> (R, K, c), of which columns may have the sum
+        samples = samples.reshape(len(columns), -1, columns.shape[2])
+        if columns.shape[1] < samples.shape[1]:
+            samples = samples.sum(axis=1, keepdims=True)
+        if add:
+            columns += samples
+        else:
+            columns[...] = samples
 
 
-def scatter(gimage, pixels, weights, scale, tile, gcolumns) -> None:
-    """``gimage[pixels] += weights * gcolumns``, times ``scale``."""
-    scaled = gcolumns.reshape(-1, gimage.shape[2]) * _by_tap(scale, tile)[:, None]
-    _pixel_rows(gimage)[...] += _matrix(gimage, pixels, weights, tile).T @ scaled
+def scatter(gimage, pixels, weights, scale, first, gcolumns):
+    """``gimage[pixels] += scale * weights * gcolumns``."""
+    for some, some_weights, factors in _steps(gcolumns, pixels, weights, scale):
+        matrix, rows = _matrix(gimage, some, some_weights), _pixel_rows(gimage, some)
+        scaled = _gradient_rows(gcolumns, some) * _by_point(factors)[:, None]
+        outside = some.shape[1]  # the rows of the row of zeros
+        inside = matrix.indices[matrix.indices >= outside]
+        if not inside.size:
+            continue
+        # Only those rows are looked at that are read, or that lie between them.
+        low, high = inside.min(), inside.max() + 1
+        if high - low <= matrix.nnz:
+            matrix.indices = numpy.maximum(matrix.indices - (low - outside), 0)
+            matrix.resize(len(scaled), outside + high - low)
+            rows[low:high] += (matrix.T @ scaled)[outside:]
+        else:
+            read, matrix.indices = numpy.unique(matrix.indices, return_inverse=True)
+            matrix.resize(len(scaled), len(read))
+            rows[read] += matrix.T @ scaled
 
 
-def dot(image, pixels, tile, gcolumns, products) -> None:
-    """``products +=`` the dot products of ``gcolumns`` and ``image[pixels]``.
+def dot(image, pixels, first, gcolumns, products):
+    """``products +=`` over channels, column gradient times each corner pixel.
 
-    Those with the row of zeros are 0, also for infinite ``gcolumns``.
+    For a corner outside it is 0, also where the gradient is infinite.
     """
-    images, positions = tile
-    gcolumns = gcolumns.reshape(-1, image.shape[2])
-    for corner in range(4):
-        rows = _pixel_index(image, pixels[corner], tile)
-        values = numpy.einsum('rc,rc->r', gcolumns, _pixel_rows(image)[rows])
-        values[_by_tap(pixels[corner], tile) == 0] = 0
-        view = products[corner, images, :, :, positions].transpose(0, 3, 2, 1)
-        view += values.reshape(view.shape)
+    for some, some_products in _steps(gcolumns, pixels, products):
+        rows, gradients = _pixel_rows(image, some), _gradient_rows(gcolumns, some)
+        for corner, sums in zip(some, some_products):
+            values = numpy.einsum('rc,rc->r', gradients, rows[_row_numbers(corner)])
+            values[_by_point(corner) == 0] = 0
+            # (R, K, groups) -> (groups, K, R)
+            sums += values.reshape(sums.shape[::-1]).transpose()
 
 
-def turn(filters, matrices) -> None:
-    """``matrices[k, i, o] = filters[o, i, k]``; what else ``matrices`` has, stays."""
+def _steps(columns, *arrays):
+    """Arrays (..., K, R), for as many points at a time as columns may have memory."""
+    K = arrays[0].shape[-2]
+    step = K if columns.shape[1] == K else max(1, TILE_BYTES // columns.nbytes)
+    for k in range(0, K, step):
+        yield tuple(array[..., k : k + step, :] for array in arrays)
+
+
+class Packed:
+    """Matrices (batch, depth, width), of which one panel has all columns."""
+
+    def __init__(self, batch: int, depth: int, width: int, dtype) -> None:
+        self.panels = range(1)
+        self.numbers = numpy.empty((batch, depth, width), dtype)
+
+
+def pack_columns(filters, packed: Packed, panel: int) -> None:
+    """Writes the matrices (K * in_c, out_c) of filters (G, out_c, in_c, K)."""
+    groups, out_c, in_c, K = filters.shape
+    numbers = packed.numbers.reshape(groups, K, in_c, out_c)
     # A few at a time: they are far apart, and cached lines are used up so.
-    for first in range(0, len(filters), 16):
-        some = filters[first : first + 16]
-        matrices[..., first : first + len(some)] = some.transpose(2, 1, 0)
+    for first in range(0, out_c, 16):
+        some = filters[:, first : first + 16]
+        numbers[..., first : first + 16] = some.transpose(0, 3, 2, 1)
 
 
-def matmul(a, b, out, transposed=False) -> None:
-    """``out += a @ b``, or with the matrices of ``a`` transposed."""
-    out += (a.swapaxes(1, 2) if transposed else a) @ b
+def multiply(a, packed: Packed, out) -> None:
+    """``out[i] += a[i] @ matrices[i]``."""
+    out += a @ packed.numbers
 
 
-def matmul_lanes(a, b, out, transposed=False) -> None:
-    """The same for matrices that lie along the last axis, one for each number there."""
+def add_product(a, b, out) -> None:
+    """``out[i] += a[i] @ b[i]``."""
+    out += a @ b
+
+
+def multiply_lanes(a, b, out, transposed) -> None:
+    """``out[i, j, g] += sum over k of a[i, k, g] * b[k, j, g]``; or a[k, i, g]."""
     out += numpy.einsum('kig,kjg->ijg' if transposed else 'ikg,kjg->ijg', a, b)
 
 
-def _matrix(image, pixels, weights, tile):
-    """The sparse matrix (taps, pixels * og) of a tile."""
-    pixels = numpy.stack([_pixel_index(image, corner, tile) for corner in pixels], -1)
-    weights = numpy.stack([_by_tap(corner, tile) for corner in weights], -1)
-    ends = numpy.arange(0, pixels.size + 1, 4, dtype=pixels.dtype)
+def swap(source, target) -> None:
+    """``target[i, c, r] = source[i, r, c]``."""
+    target[...] = source.swapaxes(1, 2)
+
+
+def _matrix(image, pixels, weights):
+    """The sparse matrix (points, pixels * groups)."""
+    rows = numpy.stack([_row_numbers(corner) for corner in pixels], -1)
+    weights = numpy.stack([_by_point(corner) for corner in weights], -1)
+    ends = numpy.arange(0, rows.size + 1, 4, dtype=rows.dtype)
     return sparse.csr_array(
-        (weights.reshape(-1), pixels.reshape(-1), ends),
-        shape=(len(pixels), image.shape[0] * image.shape[1]),
+        (weights.reshape(-1), rows.reshape(-1), ends),
+        shape=(len(rows), len(image) * pixels.shape[1]),
     )
 
 
-def _pixel_index(image, pixels, tile):
-    """The rows of :func:`_pixel_rows` that the taps of a tile read at one corner."""
-    og = image.shape[1]
-    groups = numpy.arange(og, dtype=pixels.dtype)
-    return (_by_tap(pixels, tile).reshape(-1, og) * og + groups).reshape(-1)
+def _row_numbers(pixels):
+    """The rows of :func:`_pixel_rows` that points read at one corner."""
+    groups = len(pixels)
+    numbers = pixels * groups + numpy.arange(groups, dtype=pixels.dtype)[:, None, None]
+    return _by_point(numbers)
 
 
-def _pixel_rows(image):
-    """(pixels, og, c / og) -> (pixels * og, c / og)."""
-    return image.reshape(-1, image.shape[2])
+def _pixel_rows(image, pixels):
+    """(pixels, c) -> (pixels * groups, c / groups)."""
+    groups = pixels.shape[1]
+    return image.reshape(len(image) * groups, -1)
 
 
-def _by_tap(array, tile):
-    """(m, og, K, p) -> (taps of the tile), in the order of the columns."""
-    images, positions = tile
-    return array[images, :, :, positions].transpose(0, 3, 2, 1).reshape(-1)
+def _gradient_rows(gcolumns, pixels):
+    """(R, K or 1, c) -> (points, c / groups)."""
+    _, groups, K, R = pixels.shape
+    gcolumns = numpy.broadcast_to(gcolumns, (R, K, gcolumns.shape[2]))
+    return gcolumns.reshape(R * K * groups, -1)
+
+
+def _by_point(array):
+    """(groups, K, R) -> (points,), in the order of the columns."""
+    return array.transpose().reshape(-1)

@@ -1,414 +1,453 @@
-"""The sampler on the GPU: elementwise kernels for the columns, cuBLAS for the product.
+"""The GPU backend: elementwise kernels for the columns, cuBLAS for the products.
 
-Twin of :mod:`chainer_deform.sampling.cpu`, with the same letters for the shapes. The
-image is channels last, so that a thread reads several channels of a pixel in one
-access. A tap is the work of ``LANES`` neighbouring threads of a warp, which share its
-channels. What does not change from batch to batch of a layer is compiled into its
-kernels; the sizes of batch and images are not.
+Twin of :mod:`chainer_deform.sampling.cpu`: the same names with the same meaning. Images
+are channels last, so that a thread reads several channels of a pixel in one access. A
+point is the work of ``LANES`` neighbouring threads of a warp, which share its channels.
+What does not change from batch to batch of a layer is compiled into its kernels; the
+sizes of batch and images are not.
+
+The columns of a convolution lie by groups, (G, R, K * iCg), as its products take them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+import sys
 
 import chainer
 import numpy
 from chainer.backends.cuda import cupy
 
-from chainer_deform.geometry import Geometry
 from chainer_deform.sampling.kernels import sampler_kernel, swap_kernel
+from chainer_deform.sampling.rule import point_limit
 
-#: Bytes that the columns of a piece may take.
+#: Bytes that the columns of a tile, with their gradient, may take.
 COLUMN_BYTES = 1 << 30
 
-#: Lanes of a warp that may share a tap.
+#: Lanes of a warp that may share a point.
 MOST_LANES = 32
 
 #: Positions per image below which one product for all images replaces one for each.
 FEW_POSITIONS = 512
 
 
-def forward(geometry: Geometry, x, offset, W, mask=None, b=None):
-    """Returns ``y``; shapes and dtypes are those of the public function."""
-    dtype, real = _dtypes(x, offset, W, mask, b)
-    image = _swap(x, dtype)
-    filters = _filters(geometry, W, dtype)
-    y = cupy.empty((len(x), len(W), *offset.shape[2:]), dtype)
-    y_view = _position_view(geometry, y)
-    if b is not None:
-        y_view[...] = b.astype(dtype).reshape(*y_view.shape[1:3], 1)
-
-    for taps in _pieces(geometry, x.shape, offset, mask, dtype, real):
-        view = y_view[taps.piece[0], :, :, taps.piece[1]]
-        _convolve(filters, taps.sample(image), view, add=b is not None)
-    return y.astype(x.dtype, copy=False)
+def empty(shape, dtype):
+    """Memory for an array."""
+    return cupy.empty(shape, dtype)
 
 
-def backward(
-    geometry: Geometry,
-    wanted: Collection[str],
-    gy,
-    x,
-    offset,
-    W,
-    mask=None,
-    b=None,
-) -> dict:
-    """Returns the gradients of the arguments named in ``wanted``, and no others."""
-    dtype, real = _dtypes(x, offset, W, mask, gy)
-    image = _swap(x, dtype)
-    filters = _filters(geometry, W, dtype)
-    gy_view = _position_view(geometry, gy)
-
-    wanted = set(wanted)
-    outputs = _outputs(wanted, x, offset, mask, real)
-    gfilters = cupy.zeros(filters.shape, _wide(dtype)) if 'W' in wanted else None
-
-    pieces = _pieces(geometry, x.shape, offset, mask, dtype, real)
-    for taps in pieces if wanted - {'b'} else ():
-        gy_piece = _gy_piece(gy_view, taps.piece, dtype)
-        if wanted <= {'W', 'b'}:
-            columns = taps.sample(image)
-        else:
-            gcolumns = taps.gcolumns(gy_piece, filters)
-            columns = taps.columns_for(gcolumns) if 'W' in wanted else None
-            taps.differentiate(
-                {'image': image, 'gcolumns': gcolumns}, {'columns': columns, **outputs}
-            )
-            del gcolumns
-        if 'W' in wanted:
-            # (G, oCg, K * iCg) = (G, oCg, m * p) @ (G, m * p, K * iCg)
-            _matmul(gy_piece, columns, gfilters, add=True)
-        columns = None  # before the next piece takes its memory
-
-    gradients = _gradients(geometry, outputs, gfilters, x, W)
-    if 'b' in wanted:
-        gradients['b'] = gy_view.sum((0, 3), real).reshape(-1).astype(b.dtype)
-    return gradients
-
-
-def double_backward(
-    geometry: Geometry,
-    wanted: Collection[str],
-    gg: Mapping,
-    gy,
-    x,
-    offset,
-    W,
-    mask=None,
-    b=None,
-) -> dict:
-    """Returns the gradients of the sum of ``gg[name] * backward(...)[name]``.
-
-    They are those of the arguments named in ``wanted``, which may be ``gy``, but not
-    ``b``: the sum does not depend on it. ``gg`` has arrays with the shape and dtype of
-    arguments, by name; those that it lacks count as 0.
-    """
-    dtype, real = _dtypes(x, offset, W, mask, gy, gg.get('b'))
-    filters = _filters(geometry, W, dtype)
-    ggfilters = _filters(geometry, gg['W'], dtype) if 'W' in gg else None
-    columns_move = not gg.keys() <= {'W', 'b'}
-    # The columns are linear in the image: its gradient is 0 where nothing else moves,
-    # and nothing else depends on it.
-    linear = gg.keys() <= {'x', 'b'}
-    inputs = {
-        'image': None if linear else _swap(x, dtype),
-        'ggimage': _swap(gg['x'], dtype) if 'x' in gg else None,
-        'ggoffset': gg.get('offset'),
-        'ggmask': gg.get('mask'),
-    }
-    gy_view = _position_view(geometry, gy)
-
-    wanted = set(wanted)
-    outputs = _outputs(wanted - {'x'} if linear else wanted, x, offset, mask, real)
-    gfilters = cupy.zeros(filters.shape, _wide(dtype)) if 'W' in wanted else None
-    if 'gy' in wanted:
-        ggy = cupy.zeros(gy.shape, _wide(dtype))
-        ggy_view = _position_view(geometry, ggy)
-        if 'b' in gg:
-            ggy_view[...] = gg['b'].reshape(*ggy_view.shape[1:3], 1)
-
-    copies = columns_move + ('W' in gg)
-    pieces = _pieces(geometry, x.shape, offset, mask, dtype, real, copies)
-    for taps in pieces if copies else ():
-        gy_piece = _gy_piece(gy_view, taps.piece, dtype)
-        gcolumns = gcolumns_dot = columns = columns_dot = None
-        if outputs and 'W' in gg:
-            gcolumns = taps.gcolumns(gy_piece, ggfilters)
-        if outputs and columns_move:
-            gcolumns_dot = taps.gcolumns(gy_piece, filters)
-        if 'gy' in wanted and 'W' in gg:
-            columns = taps.columns_for(gcolumns)
-        if wanted & {'gy', 'W'} and columns_move:
-            columns_dot = taps.columns_for(gcolumns_dot)
-        taps.differentiate(
-            {**inputs, 'gcolumns': gcolumns, 'gcolumns_dot': gcolumns_dot},
-            {**outputs, 'columns': columns, 'columns_dot': columns_dot},
-        )
-        del gcolumns, gcolumns_dot
-        if 'W' in wanted and columns_move:
-            _matmul(gy_piece, columns_dot, gfilters, add=True)
-        if 'gy' in wanted:
-            view = ggy_view[taps.piece[0], :, :, taps.piece[1]]
-            if columns_move:
-                _convolve(filters, columns_dot, view, add=True)
-            if 'W' in gg:
-                _convolve(ggfilters, columns, view, add=True)
-        columns = columns_dot = None
-
-    gradients = _gradients(geometry, outputs, gfilters, x, W)
-    if 'gy' in wanted:
-        gradients['gy'] = ggy.astype(gy.dtype, copy=False)
-    if 'x' in wanted and linear:
-        gradients['x'] = cupy.zeros(x.shape, x.dtype)
-    return gradients
-
-
-class _Taps:
-    """The sampling points of a piece, and what the kernels do with them."""
-
-    def __init__(
-        self,
-        geometry: Geometry,
-        piece: tuple[slice, slice],
-        x_shape,
-        offset,
-        mask,
-        dtype,
-        real,
-    ) -> None:
-        self.geometry, self.piece = geometry, piece
-        self.dtype, self.real = dtype, real
-        _, self.c, self.h, self.w = x_shape
-        self.offset, self.mask = offset, mask
-        self.images, self.positions = (axis.stop - axis.start for axis in piece)
-        self.rows = self.images * self.positions
-        self.taps = self.rows * geometry.taps * geometry.offset_groups
-
-        group_c = self.c // geometry.groups
-        offset_c = self.c // geometry.offset_groups
-        self.vector = math.gcd(math.gcd(group_c, offset_c), 16 // dtype.itemsize)
-        lanes = 1
-        while lanes < min(MOST_LANES, offset_c // self.vector):
-            lanes *= 2
-        self.lanes = lanes
-
-    def new_columns(self, dtype):
-        """Memory for columns, or their gradients (G, m * p, K * iCg)."""
-        groups = self.geometry.groups
-        depth = self.geometry.taps * self.c // groups
-        return cupy.empty((groups, self.rows, depth), dtype)
-
-    def sample(self, image):
-        """The columns: the modulated values of the image at the points."""
-        columns = self.new_columns(self.dtype)
-        self._launch(
-            'sample', self.taps * self.lanes, {'image': image}, {'columns': columns}
-        )
-        return columns
-
-    def gcolumns(self, gy_piece, filters):
-        """The gradient of the columns that ``filters`` are applied to."""
-        gcolumns = self.new_columns(_wide(self.dtype))
-        # (G, m * p, K * iCg) = (G, m * p, oCg) @ (G, oCg, K * iCg)
-        _matmul(gy_piece.transpose(0, 2, 1), filters, gcolumns)
-        return gcolumns
-
-    def columns_for(self, gcolumns):
-        """Memory for columns: where the dtype is the same, that of their gradient."""
-        if gcolumns is not None and gcolumns.dtype == self.dtype:
-            return gcolumns
-        return self.new_columns(self.dtype)
-
-    def differentiate(self, inputs: dict, outputs: dict) -> None:
-        """What the columns' gradients make of the other gradients.
-
-        Adds to ``gimage``, and writes the other outputs, among them the columns
-        themselves; what is None is left out.
-        """
-        inputs, outputs = (
-            {name: array for name, array in arrays.items() if array is not None}
-            for arrays in (inputs, outputs)
-        )
-        if 'gimage' in outputs:
-            if chainer.config.cudnn_deterministic:
-                self._gather(inputs, outputs.pop('gimage'))
-            else:
-                chainer.utils.nondeterministic('atomicAdd')
-        if outputs:
-            self._launch('differentiate', self.taps * self.lanes, inputs, outputs)
-
-    def _gather(self, inputs: dict, gimage) -> None:
-        """Adds to ``gimage`` in an order that is the same in every run.
-
-        The taps are sorted by the cell of the pixel grid that their point lies in; each
-        pixel then sums over the taps of its four cells.
-        """
-        cells = self.images * self.geometry.offset_groups * (self.h + 1) * (self.w + 1)
-        keys = cupy.empty(self.taps, numpy.int64)
-        self._launch('sort_key', self.taps, {}, {'keys': keys})
-        keys = cupy.sort(keys)
-        starts = cupy.searchsorted(
-            keys, cupy.arange(cells + 1, dtype=numpy.int64) * self.taps
-        )
-        self._launch(
-            'gather',
-            self.images * self.h * self.w * (self.c // self.vector),
-            {**inputs, 'keys': keys, 'starts': starts},
-            {'gimage': gimage},
-        )
-
-    def _launch(self, name, size, inputs, outputs) -> None:
-        """Runs a kernel over arrays, by name, and what every kernel takes."""
-        geometry = self.geometry
-        inputs = {**inputs, 'offset': self.offset}
-        if self.mask is not None:
-            inputs['mask'] = self.mask
-        constants = {
-            'VEC': self.vector,
-            'LANES': self.lanes,
-            'C': self.c,
-            'GROUPS': geometry.groups,
-            'OG': geometry.offset_groups,
-            'K': geometry.taps,
-            'KW': geometry.kw,
-            'SY': geometry.sy,
-            'SX': geometry.sx,
-            'PH': geometry.ph,
-            'PW': geometry.pw,
-            'DY': geometry.dy,
-            'DX': geometry.dx,
-            'DOUBLE': int(self.real == numpy.float64),
-        }
-        constants = tuple(constants.items())
-        kernel = sampler_kernel(name, tuple(inputs), tuple(outputs), constants)
-        kernel(
-            *(array.ravel() for array in inputs.values()),
-            self.piece[0].start,
-            self.piece[1].start,
-            self.positions,
-            self.rows,
-            self.h,
-            self.w,
-            *self.offset.shape[2:],
-            *(array.reshape(-1) for array in outputs.values()),
-            size=size,
-        )
-
-
-def _pieces(
-    geometry: Geometry, x_shape, offset, mask, dtype, real, copies: int = 1
-) -> Iterator[_Taps]:
-    """The work cut into pieces; few, as only memory and 32-bit indices ask for them.
-
-    ``copies`` says how many columns there are at a time.
-    """
-    offset = cupy.ascontiguousarray(offset)
-    if mask is not None:
-        mask = cupy.ascontiguousarray(mask)
-    positions = offset.shape[2] * offset.shape[3]
-    if positions >= 2**31:
-        raise ValueError(
-            f'offset has {positions} output positions; a GPU takes fewer than 2 ** 31'
-        )
-    # Of one position: the columns, their gradient if its dtype differs; and the keys
-    # that the taps are sorted by, with what sorting takes.
-    columns = geometry.taps * x_shape[1]
-    wide = _wide(dtype).itemsize
-    column_bytes = columns * (wide if wide == dtype.itemsize else wide + dtype.itemsize)
-    column_bytes *= copies
-    key_bytes = geometry.taps * geometry.offset_groups * 3 * 8
-    count = min(COLUMN_BYTES // max(column_bytes, key_bytes), (2**31 - 1) // columns)
-    for piece in geometry.pieces(x_shape[0], positions, count):
-        yield _Taps(geometry, piece, x_shape, offset, mask, dtype, real)
-
-
-def _dtypes(*arrays):
-    """The dtype of image, columns and products, and that of coordinates and sums.
+def dtypes(x, W, *others):
+    """The dtype of images and products, and that of coordinates and sums.
 
     Both are float64 if any array is; else the first is that of image and filter, of
     which half precision is enough for a product that sums in float32.
     """
-    x, _, W = arrays[:3]
-    dtypes = (array.dtype for array in arrays if array is not None)
-    real = numpy.result_type(numpy.float32, *dtypes)
+    arrays = (x, W, *others)
+    real = numpy.result_type(
+        numpy.float32, *(array.dtype for array in arrays if array is not None)
+    )
     if real == numpy.float64:
         return real, real
     return numpy.promote_types(x.dtype, W.dtype), real
 
 
+def thread_count(multiply_adds: int) -> int:
+    """One: the host only launches kernels."""
+    return 1
+
+
+def batch_images(numbers: int, dtypes) -> int:
+    """All images are copied at a time."""
+    return sys.maxsize
+
+
+def tile_positions(numbers: int, points: int, dtypes, threads: int) -> int:
+    """How many output positions a tile may have.
+
+    Args:
+        numbers: Numbers of a position, in its columns or its output.
+        points: Points of a position.
+        dtypes: What :func:`dtypes` returns.
+        threads: One.
+
+    """
+    itemsize, wide = dtypes[0].itemsize, _wide(dtypes[0]).itemsize
+    column_bytes = numbers * (wide if wide == itemsize else wide + itemsize)
+    # The keys that points are sorted by, with what sorting takes.
+    key_bytes = points * 3 * 8
+    most = COLUMN_BYTES // max(column_bytes, key_bytes)
+    return max(1, min(most, (2**31 - 1) // max(numbers, points)))
+
+
+def new_image(x, dtype, zeros: bool):
+    """Memory for images (n, c, h, w), channels last, or zeros to add to."""
+    n, c, h, w = x.shape
+    make = cupy.zeros if zeros else cupy.empty
+    return make((n, h * w, c), dtype)
+
+
+def load_image(x, image, channels) -> None:
+    """Copies the images ``x (n, c, h, w)``, all channels, to ``image``."""
+    n, c, h, w = x.shape
+    _swap(cupy.ascontiguousarray(x).reshape(n, c, h * w), image)
+
+
+def store_image(image, x, channels) -> None:
+    """The inverse of :func:`load_image`; ``x`` is contiguous."""
+    n, c, h, w = x.shape
+    _swap(image, x.reshape(n, c, h * w))
+
+
+def load_gradient(gy, tile, dtype):
+    """What ``gy (n, channels, P)`` has for a tile, (channels, R)."""
+    # (channels, m, p) from (m, channels, p)
+    part = gy[tile[0], :, tile[1]].swapaxes(0, 1)
+    return cupy.ascontiguousarray(part, dtype).reshape(len(part), -1)
+
+
+def load_columns(gy, channels, dtypes):
+    """Output gradients (R, c) as gradients of columns (R, 1, c)."""
+    # A copy in any case, as the kernels' vectors have to be aligned.
+    return gy[:, channels].astype(_wide(dtypes[0]), 'C')[:, None]
+
+
+def _swap(source, target) -> None:
+    """``target[i, c, r] = source[i, r, c]``, in another dtype, too."""
+    n, rows, cols = source.shape
+    whole = rows % 4 == cols % 4 == 0 and not any(
+        _pointer(array) % (4 * array.itemsize) for array in (source, target)
+    )
+    tile = 4 if whole else 1
+    blocks = -(-rows // (4 * tile)), -(-cols // (8 * tile))
+    threads = n * blocks[0] * blocks[1] * 32
+    sizes = rows, cols, *blocks
+    swap_kernel(tile)(source.reshape(-1), *sizes, target.reshape(-1), size=threads)
+
+
+class Sampler:
+    """Samples images at the points of a tile, and differentiates the samples.
+
+    Columns are (G, R, K * iCg) in the groups of a convolution; where the samples of an
+    output position are added up they are (R, 1, c).
+
+    Args:
+        points: Where the points are.
+        size: Number, height and width of the images.
+        dtypes: What :func:`dtypes` returns.
+        arguments: Arrays of coordinates and of factors.
+        tangents: How these move, or None where they do not.
+        gradients: Arrays that the kernels write to, or None.
+        parts: One.
+
+    """
+
+    def __init__(
+        self, points, size, dtypes, arguments,
+        tangents=(None, None), gradients=(None, None), parts=1,
+    ) -> None:  # fmt: skip
+        self.points, self.dtype, self.real = points, *dtypes
+        if points.summed:
+            self.groups, self.images, self.tile = 1, size[0], points.tile
+            self.constants, self.scalars, pads = {}, {}, (0, 0)
+        else:  # a tile has some of the images
+            self.groups, self.images = points.geometry.groups, points.images
+            self.constants, self.scalars, pads = _grid(points)
+            self.tile = points.tile[0]
+        if max(size) >= 2**31:
+            raise ValueError(
+                f'x has {max(size)} images, rows or columns; '
+                'a GPU takes fewer than 2 ** 31'
+            )
+        self.arguments = self._of_tile(('offsets', 'factors'), arguments)
+        self.tangents = self._of_tile(('offsets_dot', 'factors_dot'), tangents)
+        self.gradients = self._of_tile(('goffsets', 'gfactors'), gradients)
+        if points.summed:
+            self.arguments['indices'] = points.indices[self.tile]
+        self.taps = points.R * points.groups * points.K
+        _, self.h, self.w = size
+        self.scalars.update(images=self.images, rows=points.R, h=self.h, w=self.w)
+        for name, pad, side in zip(('y', 'x'), pads, size[1:]):
+            limit = point_limit(side + pad, side, self.real)
+            self.scalars[f'limit_{name}'] = float(limit)
+
+    def sample(self, image, channels):
+        """The columns."""
+        return self._sample({'image': image}, channels.stop)
+
+    def sample_dot(self, image, image_dot, channels):
+        """How fast the columns change; ``image_dot`` is None if the image does not."""
+        images = {'image': image, 'image_dot': image_dot}
+        return self._sample(images, channels.stop, dot=True)
+
+    def differentiate(self, image, gcolumns, gimage, channels, part, columns=False):
+        """Adds to ``gimage``, and writes the other gradients.
+
+        ``gimage`` may be None. Returns the columns, if they are asked for; where the
+        dtype is the same, they are written over their gradients.
+        """
+        c, target = channels.stop, None
+        if columns:
+            same = gcolumns.dtype == self.dtype
+            target = gcolumns if same else self._new_columns(c)
+        arrays = {'image': image, 'gcolumns': gcolumns}
+        self._differentiate(arrays, gimage, target, c)
+        return target
+
+    def differentiate_dot(
+        self, image, image_dot, gcolumns, gcolumns_dot, gimage_dot, channels, part
+    ) -> None:
+        """Writes how fast that changes; None stands for what is not there or still."""
+        if image_dot is None and not self.tangents:
+            gcolumns = None  # the columns are still
+        if gcolumns_dot is None and not self.tangents:
+            gimage_dot = None  # the sum is linear in the image
+        if gcolumns is None and gcolumns_dot is None:
+            for gradient in self.gradients.values():
+                gradient[...] = 0
+            return
+        arrays = {'image': image, 'image_dot': image_dot}
+        arrays.update(gcolumns=gcolumns, gcolumns_dot=gcolumns_dot)
+        self._differentiate(arrays, gimage_dot, None, channels.stop, dot=True)
+
+    def write_gradients(self) -> None:
+        """Does nothing: the kernels have written them."""
+
+    def _of_tile(self, names, arrays) -> dict:
+        """What arrays have for the tile, by name; contiguous ones as views."""
+        return {
+            name: cupy.ascontiguousarray(array[self.tile])
+            for name, array in zip(names, arrays)
+            if array is not None
+        }
+
+    def _new_columns(self, c: int):
+        if self.points.summed:
+            return cupy.empty((self.points.R, 1, c), self.dtype)
+        depth = self.points.K * c // self.groups
+        return cupy.empty((self.groups, self.points.R, depth), self.dtype)
+
+    def _sample(self, images: dict, c: int, dot=False):
+        columns = self._new_columns(c)
+        name, taps = 'sample', self.taps
+        if self.points.summed:
+            name, taps = 'sample_sum', self.taps // self.points.K
+        self._launch(name, taps * self._lanes(c), c, images, {'columns': columns}, dot)
+        return columns
+
+    def _differentiate(self, arrays: dict, gimage, columns, c: int, dot=False) -> None:
+        outputs = {**self.gradients, 'columns': columns}
+        if gimage is not None and chainer.config.cudnn_deterministic:
+            self._gather(arrays, gimage, c, dot)
+        elif gimage is not None:
+            chainer.utils.nondeterministic('atomicAdd')
+            outputs['gimage'] = gimage
+        if any(array is not None for array in outputs.values()):
+            threads = self.taps * self._lanes(c)
+            self._launch('differentiate', threads, c, arrays, outputs, dot)
+
+    def _gather(self, arrays: dict, gimage, c: int, dot: bool) -> None:
+        """Adds to ``gimage`` in an order that is the same in every run.
+
+        The taps are sorted by the cell of the pixel grid that their point lies in; each
+        pixel then sums over the taps of its four cells.
+        """
+        cells = self.images * self.points.groups * (self.h + 1) * (self.w + 1)
+        keys = cupy.empty(self.taps, numpy.int64)
+        self._launch('sort_key', self.taps, c, {}, {'keys': keys})
+        keys = cupy.sort(keys)
+        starts = cupy.searchsorted(
+            keys, cupy.arange(cells + 1, dtype=numpy.int64) * self.taps
+        )
+        inputs = {name: arrays.get(name) for name in ('gcolumns', 'gcolumns_dot')}
+        inputs.update(keys=keys, starts=starts)
+        threads = self.images * self.h * self.w * (c // self._vector(c))
+        self._launch('gather', threads, c, inputs, {'gimage': gimage}, dot)
+
+    def _vector(self, c: int) -> int:
+        """How many channels are read in one access."""
+        channels = math.gcd(c // self.groups, c // self.points.groups)
+        return math.gcd(channels, 16 // self.dtype.itemsize)
+
+    def _lanes(self, c: int) -> int:
+        """How many threads share a point: a power of two."""
+        vectors = c // self.points.groups // self._vector(c)
+        return 1 << (min(MOST_LANES, vectors) - 1).bit_length()
+
+    def _launch(self, name, threads: int, c: int, inputs, outputs, dot=False) -> None:
+        """Runs a kernel over arrays, by name, and what every kernel takes.
+
+        Those that are None are left out. Of images the tile's are passed.
+        """
+        image_part = slice(None) if self.points.summed else self.tile
+        inputs, outputs = (
+            {
+                key: array[image_part] if 'image' in key else array
+                for key, array in arrays.items()
+                if array is not None
+            }
+            for arrays in (inputs, outputs)
+        )
+        inputs = {**inputs, **self.arguments, **(self.tangents if dot else {})}
+        constants = {
+            **self.constants,
+            'VEC': self._vector(c),
+            'LANES': self._lanes(c),
+            'C': c,
+            'GROUPS': self.groups,
+            'OG': self.points.groups,
+            'K': self.points.K,
+            'CLAMP': int(self.points.clamp),
+            'SUMMED': int(self.points.summed),
+            'DOT': int(dot),
+            'DOUBLE': int(self.real == numpy.float64),
+        }
+        names = tuple(inputs), tuple(self.scalars), tuple(outputs)
+        sampler_kernel(name, *names, tuple(constants.items()))(
+            *(array.reshape(-1) for array in inputs.values()),
+            *self.scalars.values(),
+            *(array.reshape(-1) for array in outputs.values()),
+            size=threads,
+        )
+
+
+def _grid(points) -> tuple[dict, dict, tuple[int, int]]:
+    """What kernels have to know of a grid: constants, scalars, how far it reaches."""
+    geometry, (out_h, out_w) = points.geometry, points.out_size
+    if out_h * out_w >= 2**31:
+        raise ValueError(
+            f'offset has {out_h * out_w} output positions; '
+            'a GPU takes fewer than 2 ** 31'
+        )
+    options = 'kw', 'sy', 'sx', 'ph', 'pw', 'dy', 'dx'
+    constants = {name.upper(): getattr(geometry, name) for name in options}
+    scalars = dict(
+        first_position=points.tile[1].start,
+        positions=points.positions,
+        out_h=out_h,
+        out_w=out_w,
+    )
+    # The grid reaches no further than the padding.
+    return constants, scalars, (geometry.ph, geometry.pw)
+
+
+class Filter:
+    """A filter, for its products with columns.
+
+    Args:
+        W: Array (out_c, c / groups, kh, kw).
+        groups: Number of groups.
+        dtype: That of the products.
+        threads: One.
+
+    """
+
+    def __init__(self, W, groups: int, dtype, threads: int) -> None:
+        self.filters = _by_group(W, groups, dtype)
+
+    def multiply(self, columns, y, add: bool) -> None:
+        """``y (m, out_c, p) = filter @ columns``, or ``+=``."""
+        m, out_c, p = y.shape
+        groups = len(self.filters)
+        y = y.reshape(m, groups, out_c // groups, p)
+        # (G, m, K * iCg, p)
+        columns = columns.reshape(groups, m, p, -1).swapaxes(2, 3)
+        if groups <= m:
+            for g in range(groups):
+                # (m, oCg, p) = (oCg, K * iCg) @ (m, K * iCg, p)
+                _matmul(self.filters[g : g + 1], columns[g], y[:, g], add)
+        else:
+            for i in range(m):
+                # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
+                _matmul(self.filters, columns[:, i], y[i], add)
+
+
+def convolve(terms, b, y) -> None:
+    """Writes bias plus filters times columns, for all terms, to ``y (m, out_c, p)``.
+
+    In half precision only the result is rounded, so that nothing else overflows.
+    """
+    if not terms:
+        y[...] = 0 if b is None else b[:, None]
+        return
+    m, out_c, p = y.shape
+    dtype = terms[0][1].dtype
+    rounded_once = len(terms) == 1 and (
+        b is None or numpy.promote_types(b.dtype, y.dtype) == y.dtype
+    )
+    if m > 1 and p < FEW_POSITIONS:
+        target = cupy.empty((1, out_c, m * p), _wide(dtype))
+    elif y.dtype == _wide(dtype) or (y.dtype == dtype and rounded_once):
+        target = y
+    else:
+        target = cupy.empty(y.shape, _wide(dtype))
+    if b is not None:
+        target[...] = b[:, None]
+    for number, (filters, columns) in enumerate(terms):
+        filters.multiply(columns, target, add=b is not None or number > 0)
+    if len(target) != m:
+        target = target.reshape(out_c, m, p).swapaxes(0, 1)
+    if target is not y:
+        y[...] = target
+
+
+class TransposedFilter:
+    """A filter, for the gradients of its columns and of itself.
+
+    Args:
+        W: Array (out_c, c / groups, kh, kw).
+        groups: Number of groups.
+        dtype: That of the products.
+
+    """
+
+    def __init__(self, W, groups: int, dtype) -> None:
+        self.filters, self.dtype = _by_group(W, groups, dtype), _wide(dtype)
+        self.gradient = None
+
+    def gcolumns(self, gy):
+        """The gradient of the columns, of that of outputs (out_c, R)."""
+        groups, _, depth = self.filters.shape
+        gcolumns = cupy.empty((groups, gy.shape[1], depth), self.dtype)
+        # (G, R, K * iCg) = (G, R, oCg) @ (G, oCg, K * iCg)
+        _matmul(self._by_group(gy).swapaxes(1, 2), self.filters, gcolumns)
+        return gcolumns
+
+    def add_gradient(self, gy, columns) -> None:
+        """Adds to the filter's gradient what outputs and columns make of it."""
+        add = self.gradient is not None
+        if not add:
+            self.gradient = cupy.empty(self.filters.shape, self.dtype)
+        # (G, oCg, K * iCg) = (G, oCg, R) @ (G, R, K * iCg)
+        _matmul(self._by_group(gy), columns, self.gradient, add)
+
+    def write_gradient(self, gW) -> None:
+        """Writes the filter's gradient to ``gW (out_c, c / groups, kh, kw)``."""
+        if self.gradient is None:
+            gW[...] = 0
+            return
+        groups, out_c, _ = self.filters.shape
+        in_c, kh, kw = gW.shape[1:]
+        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
+        gradient = self.gradient.reshape(groups, out_c, kh * kw, in_c).swapaxes(2, 3)
+        gW.reshape(gradient.shape)[...] = gradient
+
+    def _by_group(self, gy):
+        """(out_c, R) -> (G, oCg, R)."""
+        groups, out_c, _ = self.filters.shape
+        return gy.reshape(groups, out_c, -1)
+
+
+def _by_group(W, groups: int, dtype):
+    """(out_c, iCg, kh, kw) -> (G, oCg, K * iCg)."""
+    out_c, in_c, kh, kw = W.shape
+    filters = W.reshape(groups, out_c // groups, in_c, kh * kw).swapaxes(2, 3)
+    filters = cupy.ascontiguousarray(filters, dtype)
+    return filters.reshape(groups, out_c // groups, kh * kw * in_c)
+
+
 def _wide(dtype):
     """The dtype of what is summed up, for factors of ``dtype``."""
     return numpy.promote_types(dtype, numpy.float32)
-
-
-def _filters(geometry: Geometry, W, dtype):
-    """(out_c, iCg, kh, kw) -> (G, oCg, K * iCg)."""
-    groups, K = geometry.groups, geometry.taps
-    filters = W.reshape(groups, -1, W.shape[1], K).swapaxes(2, 3)
-    return cupy.ascontiguousarray(filters, dtype).reshape(groups, -1, K * W.shape[1])
-
-
-def _position_view(geometry: Geometry, y):
-    """(n, out_c, out_h, out_w) -> (n, G, oCg, P)."""
-    n, out_c, out_h, out_w = y.shape
-    return y.reshape(n, geometry.groups, out_c // geometry.groups, out_h * out_w)
-
-
-def _gy_piece(gy_view, piece, dtype):
-    """(n, G, oCg, P) -> (G, oCg, m * p)."""
-    # (G, oCg, m, p) from (m, G, oCg, p)
-    gy_piece = gy_view[piece[0], :, :, piece[1]].transpose(1, 2, 0, 3)
-    return cupy.ascontiguousarray(gy_piece, dtype).reshape(*gy_piece.shape[:2], -1)
-
-
-def _outputs(wanted: set[str], x, offset, mask, real) -> dict:
-    """The kernels' outputs, all 0 yet, from which :func:`_gradients` are made."""
-    outputs = {}
-    if 'x' in wanted:
-        n, c, h, w = x.shape
-        outputs['gimage'] = cupy.zeros((n, h * w, c), real)
-    for name, array in ('offset', offset), ('mask', mask):
-        if name in wanted:
-            outputs[f'g{name}'] = cupy.zeros(array.shape, array.dtype)
-    return outputs
-
-
-def _gradients(geometry: Geometry, outputs: dict, gfilters, x, W) -> dict:
-    """The gradients of the arguments, by name."""
-    gradients = {
-        name: outputs[f'g{name}']
-        for name in ('offset', 'mask')
-        if f'g{name}' in outputs
-    }
-    if 'gimage' in outputs:
-        gradients['x'] = _swap(outputs['gimage'], x.dtype).reshape(x.shape)
-    if gfilters is not None:
-        # (G, oCg, K, iCg) -> (G, oCg, iCg, K)
-        gW = gfilters.reshape(*gfilters.shape[:2], geometry.taps, -1).swapaxes(2, 3)
-        gradients['W'] = cupy.ascontiguousarray(gW, W.dtype).reshape(W.shape)
-    return gradients
-
-
-def _swap(array, dtype):
-    """(n, r, s...) -> (n, s..., r), the s as one axis, in another dtype."""
-    n, rows = array.shape[:2]
-    cols = math.prod(array.shape[2:])
-    array = cupy.ascontiguousarray(array)
-    target = cupy.empty((n, cols, rows), dtype)
-    whole = rows % 4 == cols % 4 == _pointer(array) % (4 * array.itemsize) == 0
-    tile = 4 if whole else 1
-    blocks = -(-rows // (4 * tile)), -(-cols // (8 * tile))
-    swap_kernel(tile)(
-        array.ravel(),
-        rows,
-        cols,
-        *blocks,
-        target.reshape(-1),
-        size=n * blocks[0] * blocks[1] * 32,
-    )
-    return target
 
 
 def _matmul(a, b, out, add=False) -> None:
@@ -434,28 +473,6 @@ def _matmul(a, b, out, add=False) -> None:
         *(_pointer(out), _CUDA_TYPES[out.dtype.char], leading, _stride(out, 0)),
         *(batch, _compute_type(a.dtype), -1),
     )
-
-
-def _convolve(filters, columns, view, add: bool) -> None:
-    """``view (m, G, oCg, p) = filters @ columns``, or ``+=``; a view of the output."""
-    m, groups, group_out, p = view.shape
-    if m > 1 and p < FEW_POSITIONS:
-        # (G, oCg, m * p) = (G, oCg, K * iCg) @ (G, K * iCg, m * p)
-        flat = cupy.empty((groups, group_out, m * p), _wide(view.dtype))
-        _matmul(filters, columns.transpose(0, 2, 1), flat)
-        flat = flat.reshape(groups, group_out, m, p).transpose(2, 0, 1, 3)
-        view[...] = view + flat if add else flat
-        return
-    # (G, m, K * iCg, p)
-    columns = columns.reshape(groups, m, p, -1).transpose(0, 1, 3, 2)
-    if groups <= m:
-        for g in range(groups):
-            # (m, oCg, p) = (oCg, K * iCg) @ (m, K * iCg, p)
-            _matmul(filters[g : g + 1], columns[g], view[:, g], add)
-    else:
-        for i in range(m):
-            # (G, oCg, p) = (G, oCg, K * iCg) @ (G, K * iCg, p)
-            _matmul(filters, columns[:, i], view[i], add)
 
 
 def _order(matrices) -> tuple[int, int]:

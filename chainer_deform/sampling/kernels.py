@@ -1,26 +1,30 @@
 """The GPU's kernels; :mod:`chainer_deform.sampling.cuda` runs them.
 
-Names of types: ``T`` is that of image and columns, ``G`` that of the columns'
-gradient, ``O`` that of the offset, ``M`` that of the mask, ``Real`` (and ``R``) that of
-coordinates and sums.
+Names of types: ``T`` is that of images and columns, ``G`` that of the columns'
+gradient, ``O`` and ``F`` those of offsets and factors, ``P`` and ``Q`` those of how
+these move, ``Real`` (and ``R``) that of coordinates and sums.
 
-In the second order the arguments move along the arrays ``gg...``. What ends in ``_dot``
-is how fast something changes then, or the gradient of that.
+``_dot`` stands for the derivative along the tangents; kernels that compute it are
+compiled with ``DOT``. With ``SUMMED`` the points are given (``points.Given``), and the
+samples of an output position are added up; else they are a grid (``points.Grid``).
 """
 
 from __future__ import annotations
 
 import functools
+import string
 
 from chainer.backends.cuda import cupy
 
 # The arrays of the kernels, with their types.
 _TYPES = {
-    **dict.fromkeys(('image', 'ggimage', 'columns', 'columns_dot'), 'T'),
+    **dict.fromkeys(('image', 'image_dot', 'columns'), 'T'),
     **dict.fromkeys(('gcolumns', 'gcolumns_dot'), 'G'),
-    **dict.fromkeys(('offset', 'ggoffset', 'goffset'), 'O'),
-    **dict.fromkeys(('mask', 'ggmask', 'gmask'), 'M'),
-    **dict.fromkeys(('keys', 'starts'), 'int64'),
+    **dict.fromkeys(('offsets', 'goffsets'), 'O'),
+    **dict.fromkeys(('factors', 'gfactors'), 'F'),
+    'offsets_dot': 'P',
+    'factors_dot': 'Q',
+    **dict.fromkeys(('indices', 'keys', 'starts'), 'int64'),
     'gimage': 'R',
 }
 
@@ -33,33 +37,45 @@ typedef float Real;
 """
 
 _POINT = """
-// The bilinear rule along one axis: the pixel before a point and the pixel after it,
-// their weights and whether they take part. Twin of _axis() in cpu.py.
+// Twin of rule.axis: the pixel before a coordinate and the next one, their weights,
+// whether they count, and whether the sample changes with the coordinate.
 struct Axis {
     long long before;
     Real weight[2];
-    bool inside[2];
+    bool counts[2];
+    bool slope;
+    __device__ inline bool inside() const { return counts[0] || counts[1]; }
 };
 
-__device__ inline Axis make_axis(long long grid, Real offset, long long size) {
-    const Real limit = Real(size + 1 + (grid < 0 ? -grid : grid));
+// A NaN point has no pixels. It is not outside: `nan` makes its weights NaN, and all
+// else with them; of other points it is 0.
+__device__ inline Axis make_axis(
+        long long grid, Real offset, long long size, Real limit, Real nan) {
     if (!(offset <= limit)) offset = limit;  // NaN, too
     if (!(offset >= -limit)) offset = -limit;
     const Real lower = floor(offset);
-    const Real after = offset - lower;
-    long long before = static_cast<long long>(lower) + grid;
-    before = before < -2 ? -2 : before > size ? size : before;
-    if (before == -1 && after == 0) before = -2;  // a point at -1 is outside
+    Real after = offset - lower;
     Axis axis;
-    axis.before = before;
-    axis.weight[0] = 1 - after;
-    axis.weight[1] = after;
-    axis.inside[0] = before >= 0 && before < size;
-    axis.inside[1] = before >= -1 && before < size - 1;
+    axis.before = static_cast<long long>(lower) + grid;
+#if CLAMP
+    axis.counts[0] = axis.before >= -1
+        && (axis.before < size || (axis.before == size && after == 0));
+    axis.counts[1] = axis.slope = axis.before >= 0 && axis.before < size - 1;
+    if (!axis.slope) after = 0;
+    axis.before = axis.before < 0 ? 0 : axis.before < size ? axis.before : size - 1;
+#else
+    axis.counts[0] = axis.before >= 0 && axis.before < size;
+    axis.counts[1] = axis.before >= -1 && axis.before < size - 1
+        && (axis.before >= 0 || after > 0);
+    axis.slope = axis.inside();
+#endif
+    axis.weight[1] = after + nan;
+    axis.weight[0] = 1 - axis.weight[1];
     return axis;
 }
 
-// What is read at a point, and its slopes along y, along x and along both.
+// What is read at a point, and its slopes along y, along x and along both, before a
+// coordinate is clipped.
 struct Sample {
     Real value, y, x, yx;
 };
@@ -67,12 +83,16 @@ struct Sample {
 // The corners are in the order top left, top right, bottom left, bottom right.
 struct Point {
     Axis y, x;
-    Real nothing;  // is read at a point outside: 0, or NaN for a NaN offset
-    __device__ inline bool inside(int corner) const {
-        return y.inside[corner / 2] && x.inside[corner % 2];
+    __device__ inline bool has_pixels() const { return y.inside() && x.inside(); }
+    __device__ inline bool outside() const {
+        return !has_pixels() && !isnan(y.weight[0]);
     }
-    __device__ inline bool touches() const {
-        return (y.inside[0] || y.inside[1]) && (x.inside[0] || x.inside[1]);
+    // Whether the sample changes with the coordinate of an axis.
+    __device__ inline bool moves_with(const Axis& axis) const {
+        return !outside() && (axis.slope || isnan(y.weight[0]));
+    }
+    __device__ inline bool counts(int corner) const {
+        return y.counts[corner / 2] && x.counts[corner % 2];
     }
     __device__ inline Real weight(int corner) const {
         return y.weight[corner / 2] * x.weight[corner % 2];
@@ -87,7 +107,7 @@ struct Point {
         const Real low = x.weight[0] * low_left + x.weight[1] * low_right;
         const Real top_slope = top_right - top_left, low_slope = low_right - low_left;
         return {
-            nothing + (y.weight[0] * top + y.weight[1] * low),
+            y.weight[0] * top + y.weight[1] * low,
             low - top,
             y.weight[0] * top_slope + y.weight[1] * low_slope,
             low_slope - top_slope};
@@ -107,11 +127,16 @@ __device__ inline Vector<V> read(const V& first) {
     return *reinterpret_cast<const Vector<V>*>(&first);
 }
 
-// Channels of a pixel; one outside is 0 and not read.
+template <typename V>
+__device__ inline void write(V& first, const Vector<V>& vector) {
+    *reinterpret_cast<Vector<V>*>(&first) = vector;
+}
+
+// Channels of a pixel; one that does not count is 0 and not read.
 template <typename V, typename A>
-__device__ inline Vector<V> read_if(bool inside, const A& image, long long at) {
+__device__ inline Vector<V> read_if(bool counts, const A& image, long long at) {
     Vector<V> pixel;
-    if (inside) {
+    if (counts) {
         pixel = read(image[at]);
     } else {
         #pragma unroll
@@ -127,11 +152,15 @@ __device__ inline Sample sample(const Point& point, const Vector<V>* corner, int
         Real(corner[2].v[e]), Real(corner[3].v[e]));
 }
 
-// Where a channel of a tap is in the columns (G, rows, K, iCg).
+// Where a channel of a point is in the columns, (G, rows, K, iCg) or (rows, C).
 __device__ inline long long column_at(int channel, long long row, int k, int rows) {
+#if SUMMED
+    return row * C + channel;
+#else
     const int depth = C / GROUPS;
     return ((channel / depth * static_cast<long long>(rows) + row) * K + k) * depth
         + channel % depth;
+#endif
 }
 """
 
@@ -153,191 +182,235 @@ __device__ inline void add(Real* target, const Real* values) {
 }
 """
 
-# Unravels `tap`, one of m * p * K * og, and finds its point.
-_TAP = """
-    const int group = tap % OG, k = tap / OG % K, row = tap / (OG * K);
-    const int position = first_position + row % positions;
-    const long long image_index = first_image + row / positions;
-    const long long out_size = static_cast<long long>(out_h) * out_w;
-    const long long first_tap = (image_index * OG + group) * K;
-    const long long at_x = (first_tap * 2 + k) * out_size + position;
-    const long long at_y = at_x + K * out_size;
-    const Real offset_x = Real(offset[at_x]), offset_y = Real(offset[at_y]);
-    Point point;
-    point.nothing =
-        isnan(offset_x) || isnan(offset_y) ? offset_x + offset_y : Real(0);
-    point.y = make_axis(
-        position / out_w * (SY * 1LL) - PH + k / KW * (DY * 1LL), offset_y, h);
-    point.x = make_axis(
-        position % out_w * (SX * 1LL) - PW + k % KW * (DX * 1LL), offset_x, w);
-#if MASK
-    const long long at_mask = (first_tap + k) * out_size + position;
-    const Real modulation = Real(mask[at_mask]);
-#else
-    const Real modulation = 1;
-#endif
-"""
+# Texts that the kernels have in common, by the name that stands for them there.
+_PARTS = {}
 
-# How fast the point and the mask move: where the point is outside, not at all.
-_TANGENTS = """
-    Real y_dot = 0, x_dot = 0, modulation_dot = 0;
-#if GGOFFSET
-    if (point.touches()) {
-        y_dot = Real(ggoffset[at_y]);
-        x_dot = Real(ggoffset[at_x]);
-    }
-#endif
-#if GGMASK
-    if (point.touches()) modulation_dot = Real(ggmask[at_mask]);
-#endif
-"""
-
-# The tap of a thread, and a loop over its lane's share of the channels. All corners are
-# read before one is used.
-_LANE = (
-    """
+# The lanes of a tap are neighbouring threads.
+_PARTS['LANE'] = """
     const int lane = i % LANES;
     const unsigned int tap = static_cast<unsigned int>(i / LANES);
 """
-    + _TAP
-)
-_CORNERS = """
+
+# Unravels `tap`, one of rows * K * OG.
+_PARTS['TAP'] = """
+    const int group = tap % OG, k = tap / OG % K, row = tap / (OG * K);
+"""
+
+# Finds the point `k` of a group at an output position, and how it moves.
+_PARTS['FIND'] = """
+#if SUMMED
+    const long long image_index = indices[row];
+    const long long at_factor = (static_cast<long long>(row) * OG + group) * K + k;
+    const long long at_y = 2 * at_factor, at_x = at_y + 1;
+    const long long grid_y = 0, grid_x = 0;
+#else
+    const long long image_index = row / positions;
+    const int position = first_position + row % positions;
+    const long long out_size = static_cast<long long>(out_h) * out_w;
+    const long long first_tap = (image_index * OG + group) * K;
+    const long long at_factor = (first_tap + k) * out_size + position;
+    const long long at_x = (first_tap * 2 + k) * out_size + position;
+    const long long at_y = at_x + K * out_size;
+    const long long grid_y = position / out_w * (SY * 1LL) - PH + k / KW * (DY * 1LL);
+    const long long grid_x = position % out_w * (SX * 1LL) - PW + k % KW * (DX * 1LL);
+#endif
+    const Real offset_y = Real(offsets[at_y]), offset_x = Real(offsets[at_x]);
+    const Real nan =
+        isnan(offset_y) || isnan(offset_x) ? offset_y + offset_x : Real(0);
+    const Point point = {
+        make_axis(grid_y, offset_y, h, limit_y, nan),
+        make_axis(grid_x, offset_x, w, limit_x, nan)};
+#if FACTORS
+    const Real factor = Real(factors[at_factor]);
+#else
+    const Real factor = 1;
+#endif
+    // What the sample does not change with does not move.
+    Real y_dot = 0, x_dot = 0, factor_dot = 0;
+#if OFFSETS_DOT
+    if (point.moves_with(point.y)) y_dot = Real(offsets_dot[at_y]);
+    if (point.moves_with(point.x)) x_dot = Real(offsets_dot[at_x]);
+#endif
+#if FACTORS_DOT
+    if (point.has_pixels()) factor_dot = Real(factors_dot[at_factor]);
+#endif
+"""
+
+# A loop over the vectors of channels that a lane has of a group.
+_PARTS['CHANNELS'] = """
     for (int v = lane; v < C / OG / VEC; v += LANES) {
         const int channel = group * (C / OG) + v * VEC;
-        const long long at_column = column_at(channel, row, k, rows);
+"""
+
+# All corners are read before one is used.
+_PARTS['CORNERS'] = """
         long long at_corner[4];
-        Vector<T> corner[4];
+        Vector<T> corner[4], corner_dot[4];
         #pragma unroll
         for (int q = 0; q < 4; ++q) {
             const long long y = image_index * h + point.y.before + q / 2;
             at_corner[q] = (y * w + point.x.before + q % 2) * C + channel;
 #if IMAGE
-            corner[q] = read_if<T>(point.inside(q), image, at_corner[q]);
+            corner[q] = read_if<T>(point.counts(q), image, at_corner[q]);
 #endif
         }
-"""
-
-# The columns' gradients, and what they pass to a corner's channels.
-_GCOLUMNS = """
-#if GCOLUMNS
-            const Vector<G> gcolumn = read(gcolumns[at_column]);
-#endif
-#if GCOLUMNS_DOT
-            const Vector<G> gcolumn_dot = read(gcolumns_dot[at_column]);
-#endif
-"""
-_PASS = """
-            #pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-#if GCOLUMNS
-                part[e] += modulation * point.weight(q) * Real(gcolumn.v[e]);
-#endif
-#if GCOLUMNS_DOT && (GGOFFSET || GGMASK)
-                const Real weight_dot = modulation * point.weight_dot(q, y_dot, x_dot)
-                    + modulation_dot * point.weight(q);
-                part[e] += weight_dot * Real(gcolumn_dot.v[e]);
-#endif
-            }
-"""
-
-_SAMPLE = (
-    _LANE
-    + _CORNERS
-    + """
-        Vector<T> column;
-        #pragma unroll
-        for (int e = 0; e < VEC; ++e) {
-            Real sample = point.nothing;
-            #pragma unroll
-            for (int q = 0; q < 4; ++q)
-                sample += point.weight(q) * Real(corner[q].v[e]);
-            column.v[e] = T(modulation * sample);
-        }
-        *reinterpret_cast<Vector<T>*>(&columns[at_column]) = column;
-    }
-"""
-)
-
-# The derivatives of the sum of `gcolumns * columns + gcolumns_dot * columns_dot`, of
-# which the first order has only the former.
-_DIFFERENTIATE = (
-    _LANE
-    + _TANGENTS
-    + """
-    // The derivatives by the mask; by the coordinates, still to be multiplied by the
-    // mask; and by the coordinates, to be multiplied by how fast the mask moves.
-    Real sum = 0, sum_y = 0, sum_x = 0, mask_y = 0, mask_x = 0;
-"""
-    + _CORNERS
-    + """
-#if GGIMAGE
-        Vector<T> ggcorner[4];
+#if IMAGE_DOT
         #pragma unroll
         for (int q = 0; q < 4; ++q)
-            ggcorner[q] = read_if<T>(point.inside(q), ggimage, at_corner[q]);
+            corner_dot[q] = read_if<T>(point.counts(q), image_dot, at_corner[q]);
 #endif
 """
-    + _GCOLUMNS
-    + """
-        Vector<T> column, column_dot;
-        #pragma unroll
-        for (int e = 0; e < VEC; ++e) {
+
+# The sample of a channel, and how fast it and its slopes change.
+_PARTS['SAMPLES'] = """
+            Sample s = {0, 0, 0, 0}, s_dot = {0, 0, 0, 0};
 #if IMAGE
-            const Sample s = sample(point, corner, e);
-            column.v[e] = T(modulation * s.value);
+            s = sample(point, corner, e);
 #endif
-#if GCOLUMNS
-            const Real g = Real(gcolumn.v[e]);
-            sum += g * s.value;
-            sum_y += g * s.y;
-            sum_x += g * s.x;
+#if IMAGE_DOT
+            s_dot = sample(point, corner_dot, e);
 #endif
-#if GGIMAGE
-            Sample s_dot = sample(point, ggcorner, e);
-#else
-            Sample s_dot = {point.nothing, 0, 0, 0};
-#endif
-#if GGOFFSET
+#if OFFSETS_DOT
+    #if CLAMP  // along a clipped coordinate nothing moves, times whatever slope
+            if (!point.moves_with(point.y)) s.y = s.yx = 0;
+            if (!point.moves_with(point.x)) s.x = s.yx = 0;
+    #endif
             s_dot.value += s.y * y_dot + s.x * x_dot;
             s_dot.y += s.yx * x_dot;
             s_dot.x += s.yx * y_dot;
 #endif
+"""
+
+# The number that a channel of a point has in its column.
+_PARTS['VALUE'] = """
+#if DOT
+            $SAMPLES
+            Real value = factor * s_dot.value;
+    #if FACTORS_DOT
+            value += factor_dot * s.value;
+    #endif
+#else
+            Real value = 0;
+            #pragma unroll
+            for (int q = 0; q < 4; ++q)
+                value += point.weight(q) * Real(corner[q].v[e]);
+            value *= factor;
+#endif
+"""
+
+# The columns' gradients.
+_PARTS['GCOLUMNS'] = """
+        const long long at_column = column_at(channel, row, k, rows);
+#if GCOLUMNS
+        const Vector<G> gcolumn = read(gcolumns[at_column]);
+#endif
 #if GCOLUMNS_DOT
-            const Real g_dot = Real(gcolumn_dot.v[e]);
-            sum += g_dot * s_dot.value;
-            sum_y += g_dot * s_dot.y;
-            sum_x += g_dot * s_dot.x;
-    #if GGMASK
-            mask_y += g_dot * s.y;
-            mask_x += g_dot * s.x;
+        const Vector<G> gcolumn_dot = read(gcolumns_dot[at_column]);
+#endif
+"""
+
+# What these pass to a corner's channels.
+_PARTS['PASS'] = """
+            #pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+#if !DOT
+                part[e] += factor * point.weight(q) * Real(gcolumn.v[e]);
+#endif
+#if GCOLUMNS_DOT
+                part[e] += factor * point.weight(q) * Real(gcolumn_dot.v[e]);
+#endif
+#if OFFSETS_DOT || FACTORS_DOT
+                const Real weight_dot = factor * point.weight_dot(q, y_dot, x_dot)
+                    + factor_dot * point.weight(q);
+                part[e] += weight_dot * Real(gcolumn.v[e]);
+#endif
+            }
+"""
+
+_PREAMBLE = _REAL + _POINT + _VECTOR + _ADD
+
+_BODIES = {}
+
+_BODIES['sample'] = """
+    $LANE $TAP $FIND
+    $CHANNELS
+        $CORNERS
+        Vector<T> column;
+        #pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            $VALUE
+            column.v[e] = T(value);
+        }
+        write(columns[column_at(channel, row, k, rows)], column);
+    }
+"""
+
+# Here a tap is a group of an output position, and adds up what its points have.
+_BODIES['sample_sum'] = """
+    $LANE
+    const int group = tap % OG, row = tap / OG;
+    $CHANNELS
+        Real sum[VEC] = {};
+        for (int k = 0; k < K; ++k) {
+            $FIND $CORNERS
+            #pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                $VALUE
+                sum[e] += value;
+            }
+        }
+        Vector<T> column;
+        #pragma unroll
+        for (int e = 0; e < VEC; ++e) column.v[e] = T(sum[e]);
+        write(columns[column_at(channel, row, 0, rows)], column);
+    }
+"""
+
+_BODIES['differentiate'] = """
+    $LANE $TAP $FIND
+    // Over channels, gradient times sample, and times its slopes. The last two are to
+    // be multiplied by how fast the factor moves, those before by the factor.
+    Real sum = 0, sum_y = 0, sum_x = 0, still_y = 0, still_x = 0;
+    $CHANNELS
+        $CORNERS $GCOLUMNS
+        Vector<T> column;
+        #pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            $SAMPLES
+#if GCOLUMNS
+            const Real g = Real(gcolumn.v[e]);
+            const Sample& by_g = DOT ? s_dot : s;
+            sum += g * by_g.value;
+            sum_y += g * by_g.y;
+            sum_x += g * by_g.x;
+    #if FACTORS_DOT
+            still_y += g * s.y;
+            still_x += g * s.x;
     #endif
 #endif
-            Real value_dot = modulation * s_dot.value;
-#if GGMASK
-            value_dot += modulation_dot * s.value;
+#if GCOLUMNS_DOT
+            const Real g_dot = Real(gcolumn_dot.v[e]);
+            sum += g_dot * s.value;
+            sum_y += g_dot * s.y;
+            sum_x += g_dot * s.x;
 #endif
-            column_dot.v[e] = T(value_dot);
+            column.v[e] = T(factor * s.value);
         }
 #if GIMAGE
         #pragma unroll
         for (int q = 0; q < 4; ++q) {
-            if (!point.inside(q)) continue;
+            if (!point.counts(q)) continue;
             Real part[VEC] = {};
-"""
-    + _PASS
-    + """
+            $PASS
             add(&gimage[at_corner[q]], part);
         }
 #endif
 #if COLUMNS
-        *reinterpret_cast<Vector<T>*>(&columns[at_column]) = column;
-#endif
-#if COLUMNS_DOT
-        *reinterpret_cast<Vector<T>*>(&columns_dot[at_column]) = column_dot;
+        write(columns[at_column], column);
 #endif
     }
 
-#if GOFFSET || GMASK
+#if GOFFSETS || GFACTORS
     #if LANES > 1
     const unsigned int lanes = (0xffffffffu >> (32 - LANES))
         << (threadIdx.x % 32 / LANES * LANES);
@@ -346,50 +419,42 @@ _DIFFERENTIATE = (
         sum += __shfl_xor_sync(lanes, sum, step);
         sum_y += __shfl_xor_sync(lanes, sum_y, step);
         sum_x += __shfl_xor_sync(lanes, sum_x, step);
-        #if GGMASK
-        mask_y += __shfl_xor_sync(lanes, mask_y, step);
-        mask_x += __shfl_xor_sync(lanes, mask_x, step);
+        #if FACTORS_DOT
+        still_y += __shfl_xor_sync(lanes, still_y, step);
+        still_x += __shfl_xor_sync(lanes, still_x, step);
         #endif
     }
     #endif
+    // A point outside passes nothing on, also of an infinite gradient or factor.
     if (lane == 0) {
-        // A point outside passes nothing, also to an infinite gradient.
-        if (!point.touches()) {
-            sum = sum_y = sum_x = point.nothing;
-            mask_y = mask_x = 0;
-        }
-    #if GOFFSET
-        goffset[at_x] = O(modulation * sum_x + modulation_dot * mask_x);
-        goffset[at_y] = O(modulation * sum_y + modulation_dot * mask_y);
+    #if GOFFSETS
+        sum_y = factor * sum_y + factor_dot * still_y;
+        sum_x = factor * sum_x + factor_dot * still_x;
+        goffsets[at_y] = O(point.moves_with(point.y) ? sum_y : Real(0));
+        goffsets[at_x] = O(point.moves_with(point.x) ? sum_x : Real(0));
     #endif
-    #if GMASK
-        gmask[at_mask] = M(sum);
+    #if GFACTORS
+        gfactors[at_factor] = F(point.outside() ? Real(0) : sum);
     #endif
     }
 #endif
 """
-)
 
-# The cell of the pixel grid that a tap's point is in, and the tap: sorted, the taps of
-# a cell follow each other in an order that is always the same. Those that touch no
-# pixel come last.
-_SORT_KEY = (
-    """
+# The cell of the pixel grid that a point is in, and its tap: sorted, the taps of a cell
+# follow each other in an order that is always the same. Those without pixels come last.
+_BODIES['sort_key'] = """
     const unsigned int tap = static_cast<unsigned int>(i);
-"""
-    + _TAP
-    + """
-    const long long part = row / positions * static_cast<long long>(OG) + group;
-    long long cell = static_cast<long long>(rows / positions) * OG * (h + 1) * (w + 1);
-    if (point.touches())
+    $TAP $FIND
+    long long cell = static_cast<long long>(images) * OG * (h + 1) * (w + 1);
+    if (point.has_pixels()) {
+        const long long part = image_index * OG + group;
         cell = (part * (h + 1) + point.y.before + 1) * (w + 1) + point.x.before + 1;
+    }
     keys[i] = cell * (static_cast<long long>(rows) * K * OG) + i;
 """
-)
 
 # A pixel adds up what the taps of the four cells around it pass to it.
-_GATHER = (
-    """
+_BODIES['gather'] = """
     const int channel = i % (C / VEC) * VEC;
     const long long pixel = i / (C / VEC);
     const long long image_part = pixel / w / h * OG + channel / (C / OG);
@@ -402,62 +467,53 @@ _GATHER = (
         for (long long s = starts[cell]; s < starts[cell + 1]; ++s) {
             const unsigned int tap = static_cast<unsigned int>(
                 keys[s] % (static_cast<long long>(rows) * K * OG));
-"""
-    + _TAP
-    + _TANGENTS
-    + """
-            const long long at_column = column_at(channel, row, k, rows);
-"""
-    + _GCOLUMNS
-    + _PASS
-    + """
+            $TAP $FIND
+            if (!point.counts(q)) continue;
+            $GCOLUMNS $PASS
         }
     }
-    const long long first = (static_cast<long long>(first_image) * h * w + pixel) * C;
     #pragma unroll
-    for (int e = 0; e < VEC; ++e) gimage[first + channel + e] += part[e];
+    for (int e = 0; e < VEC; ++e) gimage[pixel * C + channel + e] += part[e];
 """
-)
 
-_PREAMBLE = _REAL + _POINT + _VECTOR + _ADD
 
-_BODIES = {
-    'sample': _SAMPLE,
-    'differentiate': _DIFFERENTIATE,
-    'sort_key': _SORT_KEY,
-    'gather': _GATHER,
-}
-
-# What every one of these takes besides its arrays: the piece, and the sizes.
-_SCALARS = (
-    'int32 first_image, int32 first_position, int32 positions, int32 rows, '
-    'int32 h, int32 w, int32 out_h, int32 out_w'
-)
+def _body(name: str) -> str:
+    """The text of a kernel, with the parts put in."""
+    body = _BODIES[name]
+    while '$' in body:
+        body = string.Template(body).substitute(_PARTS)
+    return body
 
 
 @functools.cache
 def sampler_kernel(
     name: str,
     inputs: tuple[str, ...],
+    scalars: tuple[str, ...],
     outputs: tuple[str, ...],
     constants: tuple[tuple[str, int], ...],
 ):
     """A kernel over taps or pixels.
 
     Args:
-        name: ``sample``, ``differentiate``, ``sort_key`` or ``gather``.
+        name: That of its body.
         inputs, outputs: Names of arrays. Optional ones may be left out.
+        scalars: Names of numbers: limits are floats, the others integers.
         constants: What does not change from batch to batch, by name.
 
     """
     flags = {array.upper(): int(array in inputs + outputs) for array in _TYPES}
-    defines = {**dict(constants), **flags}.items()
+    defines = {**dict(constants), **flags}
+    real = 'float64' if defines['DOUBLE'] else 'float32'
     return cupy.ElementwiseKernel(
-        ', '.join([*(f'raw {_TYPES[array]} {array}' for array in inputs), _SCALARS]),
+        ', '.join(
+            [f'raw {_TYPES[array]} {array}' for array in inputs]
+            + [f'{real if "limit" in name else "int32"} {name}' for name in scalars]
+        ),
         ', '.join(f'raw {_TYPES[array]} {array}' for array in outputs),
-        _BODIES[name],
+        _body(name),
         f'chainer_deform_{name}',
-        preamble=''.join(f'#define {flag} {value}\n' for flag, value in defines)
+        preamble=''.join(f'#define {flag} {value}\n' for flag, value in defines.items())
         + _PREAMBLE,
     )
 

@@ -13,9 +13,9 @@ import warnings
 import numpy
 import pytest
 
-from chainer_deform.sampling import cuda
+from chainer_deform.sampling import convolution, cuda, weighted_sum
 from tests import emulator
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, SumCase
 
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # CuPy's about libraries that are not needed here
@@ -33,10 +33,18 @@ ARCHITECTURES = ('sm_70', 'sm_75', 'sm_80', 'sm_90')
 REGISTERS = {
     ('chainer_deform_sample', 'float32'): 48,
     ('chainer_deform_sample', 'float16'): 56,
+    ('chainer_deform_sample, second order', 'float32'): 64,
+    ('chainer_deform_sample, second order', 'float16'): 80,
+    ('chainer_deform_sample_sum, given points', 'float32'): 64,
+    ('chainer_deform_sample_sum, given points', 'float16'): 64,
     ('chainer_deform_differentiate', 'float32'): 72,
     ('chainer_deform_differentiate', 'float16'): 80,
     ('chainer_deform_differentiate, second order', 'float32'): 96,
-    ('chainer_deform_differentiate, second order', 'float16'): 136,
+    ('chainer_deform_differentiate, second order', 'float16'): 112,
+    ('chainer_deform_differentiate, given points', 'float32'): 64,
+    ('chainer_deform_differentiate, given points', 'float16'): 80,
+    ('chainer_deform_differentiate, second order, given points', 'float32'): 96,
+    ('chainer_deform_differentiate, second order, given points', 'float16'): 128,
 }
 
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's kinds of arguments
@@ -124,8 +132,10 @@ class CompiledKernel:
             program.compile((*compile_options(), f'-arch={architecture}'), log)
             self.compiled[source, architecture] = log.getvalue()
             name = self.kernel.name
-            if '_DOT 1' in source:
+            if '#define DOT 1' in source:
                 name += ', second order'
+            if '#define SUMMED 1' in source:
+                name += ', given points'
             self.check(log.getvalue(), name, args[0].dtype.name, architecture)
 
     def check(self, log, name, dtype, architecture):
@@ -154,18 +164,45 @@ def compiling(monkeypatch):
 
 def launch_everything(case, dtype, offset_dtype=None):
     arrays, gy = case.arrays(dtype, offset_dtype), case.gy(dtype)
-    cuda.forward(case.geometry, **arrays)
-    for wanted in (arrays, {'x'}, {'offset'}, {'mask', 'W'}, {'W'}):
-        for deterministic in False, True:
-            with cuda.chainer.using_config('cudnn_deterministic', deterministic):
-                cuda.backward(case.geometry, set(wanted) & arrays.keys(), gy, **arrays)
-    wanted = {'gy', *arrays} - {'b'}
-    for moving in (arrays, {'x'}, {'W'}, {'offset', 'mask'}):
-        gg = {name: arrays[name] for name in set(moving) & arrays.keys()}
-        for deterministic in False, True:
-            with cuda.chainer.using_config('cudnn_deterministic', deterministic):
-                cuda.double_backward(case.geometry, wanted, gg, gy, **arrays)
-    cuda.double_backward(case.geometry, {'gy', 'W'}, arrays, gy, **arrays)
+    convolution.forward(cuda, case.geometry, **arrays)
+
+    def backward(wanted):
+        wanted &= arrays.keys()
+        convolution.backward(cuda, case.geometry, wanted, gy, **arrays)
+
+    def double_backward(moving):
+        gg = {name: arrays[name] for name in moving & arrays.keys()}
+        wanted = {'gy', *arrays} - {'b'}
+        convolution.double_backward(cuda, case.geometry, wanted, gg, gy, **arrays)
+
+    for wanted in {*arrays}, {'x'}, {'offset'}, {'mask', 'W'}, {'W'}:
+        backward(wanted)
+    for moving in {*arrays}, {'x'}, {'W'}, {'offset', 'mask'}:
+        double_backward(moving)
+    with cuda.chainer.using_config('cudnn_deterministic', True):
+        for wanted in {*arrays}, {'x'}:
+            backward(wanted)
+        for moving in {*arrays}, {'W'}:
+            double_backward(moving)
+
+
+def launch_sums(case, dtype, location_dtype=None):
+    arrays, gy = case.arrays(dtype, location_dtype), case.gy(dtype)
+    indices = numpy.zeros(case.q, numpy.int64)
+    arguments = *arrays.values(), indices, case.border
+    weighted_sum.forward(cuda, *arguments)
+
+    def double_backward(moving):
+        gg = {name: arrays[name] for name in moving}
+        weighted_sum.double_backward(cuda, {'gy', *arrays}, gg, gy, *arguments)
+
+    for wanted in {*arrays}, {'x'}, {'locations'}:
+        weighted_sum.backward(cuda, wanted, gy, *arguments)
+    for moving in {*arrays}, {'x'}, {'locations'}, {'weights'}:
+        double_backward(moving)
+    with cuda.chainer.using_config('cudnn_deterministic', True):
+        weighted_sum.backward(cuda, {*arrays}, gy, *arguments)
+        double_backward({*arrays})
 
 
 def test_architectures():
@@ -202,9 +239,36 @@ def test_mixed_dtypes_compile(dtype, offset_dtype):
     launch_everything(CASES['all'], dtype, offset_dtype)
 
 
+@pytest.mark.parametrize(
+    ('border', 'dtype', 'location_dtype'),
+    [
+        ('zero', 'float32', None),
+        ('clamp', 'float32', None),
+        ('clamp', 'float16', None),
+        ('clamp', 'float64', None),
+        ('zero', 'float16', 'float32'),
+    ],
+)
+def test_sums_compile(border, dtype, location_dtype):
+    for case in (
+        SumCase(n=1, c=256, q=2, groups=8, points=4, border=border),
+        SumCase(n=1, c=6, q=2, groups=2, border=border),
+    ):
+        launch_sums(case, dtype, location_dtype)
+
+
+def test_tangents_of_other_dtypes_compile():
+    case = CASES['all']
+    arrays, gy = case.arrays('float16'), case.gy('float16')
+    gg = {name: arrays[name].astype('f') for name in ('offset', 'mask')}
+    wanted = {'gy', *arrays} - {'b'}
+    convolution.double_backward(cuda, case.geometry, wanted, gg, gy, **arrays)
+
+
 def test_large_arrays_compile(monkeypatch):
     monkeypatch.setattr(CompiledKernel, 'index_32_bits', False)
     launch_everything(CASES['all'], 'float32')
+    launch_sums(SumCase(c=8, q=2), 'float32')
 
 
 def test_vector_atomics():
@@ -217,7 +281,7 @@ def test_vector_atomics():
             if 'chainer_deform_differentiate' in source
             and '#define GIMAGE 1' in source
             and '#define VEC 4' in source
-            and f'#define GCOLUMNS_DOT {order}' in source
+            and f'#define DOT {order}' in source
         ]
         program = compiler._NVRTCProgram(sources[-1], 'kernel.cu')
         ptx, _ = program.compile((*compile_options()[:-1], '-arch=compute_90'))

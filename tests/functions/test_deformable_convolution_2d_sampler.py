@@ -1,3 +1,4 @@
+import time
 import tracemalloc
 
 import chainer
@@ -8,9 +9,12 @@ from chainer import gradient_check
 from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_convolution_2d_sampler
-from chainer_deform.sampling import cpu
+from chainer_deform.sampling import convolution, cpu
 from tests import reference
 from tests.cases import CASES, WANTED, Case, assert_close
+
+#: MiB that a call may take beside arguments, results and copies of them.
+MEMORY = 40
 
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
@@ -314,11 +318,11 @@ class TestArrays:
 
     @pytest.mark.parametrize('piece_bytes', [1, 5_000, 40_000])
     @every_case
-    def test_piece_size_does_not_matter(self, case, piece_bytes, monkeypatch):
+    def test_piece_size_does_not_matter(self, case, piece_bytes, loops, monkeypatch):
         arrays, gy = case.arrays(), case.gy()
         y, gradients = run(arrays, case.options, gy)
-        monkeypatch.setattr(cpu, 'PIECE_BYTES', piece_bytes)
-        monkeypatch.setattr(cpu.primitives(), 'TILE_BYTES', piece_bytes // 4)
+        monkeypatch.setattr(cpu, 'BATCH_BYTES', piece_bytes)
+        monkeypatch.setattr(loops, 'TILE_BYTES', piece_bytes // 4)
         pieced_y, pieced = run(arrays, case.options, gy)
         assert_close(pieced_y, y, 'y')
         for name, gradient in gradients.items():
@@ -329,7 +333,7 @@ class TestArrays:
         arrays, gy = case.arrays(), case.gy()
         y, gradients = run(arrays, case.options, gy)
         monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
-        monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 3)
+        monkeypatch.setenv('OMP_NUM_THREADS', '3')
         threads_y, threads = run(arrays, case.options, gy)
         assert_close(threads_y, y, 'y')
         for name, gradient in gradients.items():
@@ -346,11 +350,11 @@ class TestArrays:
         assert numpy.isnan(gradients['b'][0])
 
     @pytest.mark.parametrize('threads', [1, 2, 3])
-    def test_deterministic(self, threads, monkeypatch):
+    def test_deterministic(self, threads, loops, monkeypatch):
         """Whatever thread is done first: many points share pixels, of all pieces."""
         monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
-        monkeypatch.setattr(cpu, 'PIECE_BYTES', 60_000)
-        monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: threads)
+        monkeypatch.setattr(loops, 'TILE_BYTES', 60_000)
+        monkeypatch.setenv('OMP_NUM_THREADS', str(threads))
         case = Case(n=1, c=8, out_c=8, size=(21, 18), ksize=(3, 3), pad=(1, 1))
         arrays = case.arrays('float32')
         arrays['offset'] *= 5
@@ -406,22 +410,36 @@ class TestArrays:
             Case(n=1, c=128, out_c=1, size=(7, 512), ksize=(5, 20)),
             Case(n=99, c=64, out_c=2, size=(40, 40), ksize=(2, 2), dilate=(38, 38)),
             Case(n=1, c=1, out_c=256, size=(200, 300), ksize=(1, 1), bias=False),
+            Case(n=1, c=4, out_c=4, size=(1, 300_000), ksize=(1, 3)),
+            Case(n=1, c=256, out_c=256, size=(14, 13), ksize=(3, 3), pad=(1, 1)),
         ],
-        ids=['channels', 'image', 'kernel', 'few positions', 'filters'],
+        ids=[
+            'channels',
+            'image',
+            'kernel',
+            'few positions',
+            'filters',
+            'one row',
+            'filter',
+        ],
     )
-    @pytest.mark.parametrize('threads', [1, 2])
-    def test_memory_is_bounded(self, case, threads, primitives, monkeypatch):
-        """Beyond inputs, outputs and gradients; all columns would take up to 462 MB."""
-        if primitives.__name__.endswith('numba'):  # SciPy's never has more than one
-            monkeypatch.setattr(primitives, 'thread_count', lambda: threads)
+    @pytest.mark.parametrize('far', [False, True])
+    @pytest.mark.parametrize('threads', [1, 2, 16])
+    def test_memory_is_bounded(self, case, threads, far, monkeypatch):
+        """Two copies of an image and a constant, wherever the points are."""
+        monkeypatch.setenv('OMP_NUM_THREADS', str(threads))
         arrays, gy = case.arrays('float32'), case.gy('float32')
+        if far:
+            arrays['offset'] *= max(case.size)
+        copies = 2 * arrays['x'][0].nbytes + 3 * arrays['W'].nbytes
+        run(Case().arrays('float32'), {}, Case().gy('float32'))  # loads what is needed
         variables = {name: chainer.Variable(array) for name, array in arrays.items()}
         tracemalloc.start()
         try:
             y = deformable_convolution_2d_sampler(**variables, **case.options)
             kept, peak = tracemalloc.get_traced_memory()
             assert kept < y.array.nbytes + (1 << 20)
-            assert peak < y.array.nbytes + (40 << 20)
+            assert peak < y.array.nbytes + copies + (MEMORY << 20)
             y.grad = gy
             tracemalloc.reset_peak()
             y.backward()
@@ -429,32 +447,44 @@ class TestArrays:
         finally:
             tracemalloc.stop()
         results = y.array.nbytes + sum(v.grad.nbytes for v in variables.values())
-        assert peak < results + (64 << 20)
+        assert peak < results + copies + (MEMORY << 20)
+
+    def test_far_points_take_as_long(self, monkeypatch):
+        """But for the cache: what is done for a tap does not depend on where it is."""
+        monkeypatch.setenv('OMP_NUM_THREADS', '1')
+        case = Case(n=1, c=64, out_c=1, size=(330, 340), ksize=(3, 3), pad=(1, 1))
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        seconds = {}
+        for scale in 1, 170, 1, 170:
+            moved = {**arrays, 'offset': scale * arrays['offset']}
+            start = time.process_time()
+            run(moved, case.options, gy)
+            taken = time.process_time() - start
+            seconds[scale] = min(taken, seconds.get(scale, taken))
+        assert seconds[170] < 3 * seconds[1]
 
 
 class TestGraph:
     @pytest.mark.parametrize('wanted', WANTED)
-    def test_only_the_gradients_asked_for(self, wanted, monkeypatch):
+    def test_only_the_gradients_asked_for(self, wanted, loops, monkeypatch):
         case = CASES['all']
         arrays, gy = case.arrays(), case.gy()
         _, expected = run(arrays, case.options, gy)
         called = []
 
         def record(name):
-            original = getattr(cpu.primitives(), name)
+            original = getattr(loops, name)
             monkeypatch.setattr(
-                cpu.primitives(),
-                name,
-                lambda *args: called.append(name) or original(*args),
+                loops, name, lambda *args: called.append(name) or original(*args)
             )
 
-        for name in 'gather', 'scatter', 'dot':
+        for name in 'sample', 'scatter', 'dot':
             record(name)
-        gradients = cpu.backward(case.geometry, wanted, gy, **arrays)
+        gradients = convolution.backward(cpu, case.geometry, wanted, gy, **arrays)
         assert gradients.keys() == set(wanted)
         for name, gradient in gradients.items():
             numpy.testing.assert_array_equal(gradient, expected[name], name)
-        needed = {'x': 'scatter', 'offset': 'dot', 'mask': 'dot', 'W': 'gather'}
+        needed = {'x': 'scatter', 'offset': 'dot', 'mask': 'dot', 'W': 'sample'}
         assert set(called) == {needed[name] for name in wanted if name in needed}
 
 

@@ -7,10 +7,25 @@ import pytest
 from chainer.utils import type_check
 
 from tests import reference
-from tests.cases import Case, assert_close
+from tests.cases import Case, SumCase, assert_close
+from tests.functions import test_sampled_sum_2d as sums
 from tests.functions.test_deformable_convolution_2d_sampler import run
 
 settings = hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+
+
+VALUES = (
+    'nan',
+    'inf',
+    '-inf',
+    '3e38',
+    '-3e38',
+    '2147483648',
+    '-2147483648',
+    '-1',
+    '0',
+    '1',
+)
 
 
 def pairs(low, high):
@@ -36,6 +51,15 @@ def cases(least):
     )
 
 
+def set_values(arrays, values, coordinates):
+    """Writes each value (name, place, value); only coordinates get huge ones."""
+    for name, place, value in values:
+        overflows = '3e38' in value and name != coordinates  # float32, not the oracle
+        if name in arrays and not overflows:
+            flat = arrays[name].reshape(-1)
+            flat[int(place * flat.size) :][:1] = float(value)
+
+
 def is_valid(case):
     return (
         min(*case.size, *case.stride, *case.dilate, case.groups, case.offset_groups) > 0
@@ -55,31 +79,14 @@ def is_valid(case):
         st.tuples(
             st.sampled_from(('offset', 'mask', 'x')),
             st.floats(0, 1, exclude_max=True),
-            st.sampled_from(
-                (
-                    'nan',
-                    'inf',
-                    '-inf',
-                    '3e38',
-                    '-3e38',
-                    '2147483648',
-                    '-2147483648',
-                    '-1',
-                    '0',
-                    '1',
-                )
-            ),
+            st.sampled_from(VALUES),
         ),
         max_size=6,
     ),
 )
 def test_oracles_answer(case, dtype, seed, values):
     arrays, gy = case.arrays(dtype, seed=seed), case.gy(dtype)
-    for name, place, value in values:
-        overflows = '3e38' in value and name != 'offset'  # in float32, not the oracle
-        if name in arrays and not overflows:
-            flat = arrays[name].reshape(-1)
-            flat[int(place * flat.size) :][:1] = float(value)
+    set_values(arrays, values, 'offset')
     y, gradients = run(arrays, case.options, gy)
     expected_y, expected = reference.deformable_convolution_2d_sampler(
         **arrays, **case.options, gy=gy
@@ -87,6 +94,42 @@ def test_oracles_answer(case, dtype, seed, values):
     assert_close(y, expected_y, 'y')
     for name, gradient in gradients.items():
         assert_close(gradient, expected[name], name)
+
+
+@st.composite
+def sum_cases(draw):
+    n = draw(st.integers(1, 3))
+    indices = draw(st.none() | st.lists(st.integers(0, n - 1), max_size=8))
+    return SumCase(
+        n=n,
+        c=draw(st.sampled_from((2, 4, 6))),
+        size=draw(pairs(1, 6)),
+        q=n * draw(st.integers(0, 3)) if indices is None else len(indices),
+        groups=draw(st.integers(1, 2)),
+        points=draw(st.integers(1, 4)),
+        indices=indices,
+        border=draw(st.sampled_from(('zero', 'clamp'))),
+    )
+
+
+@settings
+@hypothesis.given(
+    case=sum_cases(),
+    dtype=st.sampled_from(('float32', 'float64')),
+    seed=st.integers(0, 99),
+    values=st.lists(
+        st.tuples(
+            st.sampled_from(('locations', 'weights', 'x')),
+            st.floats(0, 1, exclude_max=True),
+            st.sampled_from(VALUES),
+        ),
+        max_size=6,
+    ),
+)
+def test_oracles_answer_of_a_sum(case, dtype, seed, values):
+    arrays, gy = case.arrays(dtype, seed=seed), case.gy(dtype)
+    set_values(arrays, values, 'locations')
+    sums.check_first_order(arrays, case.options, gy)
 
 
 @settings

@@ -12,7 +12,7 @@ from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
-from chainer_deform.sampling import cpu
+from chainer_deform.sampling import convolution, cpu
 from tests import reference
 from tests.cases import CASES, Case, assert_close
 
@@ -106,7 +106,9 @@ class TestAgainstOracle:
         arrays, gy = case.arrays(), case.gy()
         gg = random_gg(arrays)
         expected = second_order(arrays, case.options, gy, gg)
-        found = cpu.double_backward(case.geometry, wanted, gg, gy, **arrays)
+        found = convolution.double_backward(
+            cpu, case.geometry, wanted, gg, gy, **arrays
+        )
         assert found.keys() == set(wanted)
         for name, array in found.items():
             assert_close(array, expected[name], name)
@@ -133,13 +135,13 @@ class TestAgainstOracle:
 class TestArrays:
     @pytest.mark.parametrize('piece_bytes', [1, 5_000])
     @pytest.mark.parametrize('name', ['all', 'depthwise', 'stride, pad', 'empty batch'])
-    def test_piece_size_does_not_matter(self, name, piece_bytes, monkeypatch):
+    def test_piece_size_does_not_matter(self, name, piece_bytes, loops, monkeypatch):
         case = CASES[name]
         arrays, gy = case.arrays(), case.gy()
         gg = random_gg(arrays)
         expected = second_order(arrays, case.options, gy, gg)
-        monkeypatch.setattr(cpu, 'PIECE_BYTES', piece_bytes)
-        monkeypatch.setattr(cpu.primitives(), 'TILE_BYTES', piece_bytes)
+        monkeypatch.setattr(cpu, 'BATCH_BYTES', piece_bytes)
+        monkeypatch.setattr(loops, 'TILE_BYTES', piece_bytes)
         found = second_order(arrays, case.options, gy, gg)
         for name in {'gy', *arrays} - {'b'}:
             assert_close(found[name], expected[name], name)
@@ -150,7 +152,7 @@ class TestArrays:
         gg = random_gg(arrays)
         expected = second_order(arrays, case.options, gy, gg)
         monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
-        monkeypatch.setattr(cpu.primitives(), 'thread_count', lambda: 3)
+        monkeypatch.setenv('OMP_NUM_THREADS', '3')
         found = second_order(arrays, case.options, gy, gg)
         for name in {'gy', *arrays} - {'b'}:
             assert_close(found[name], expected[name], name)

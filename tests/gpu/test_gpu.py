@@ -8,12 +8,27 @@ from chainer import gradient_check
 from chainer.backends import cuda
 
 from chainer_deform import links
-from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform.functions import deformable_convolution_2d_sampler, sampled_sum_2d
 from chainer_deform.sampling import cuda as sampling
-from tests.cases import CASES, Case, assert_close
+from tests.cases import CASES, SUM_CASES, Case, SumCase, assert_close
 
 pytestmark = pytest.mark.gpu
-every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
+every_case = pytest.mark.parametrize(
+    'case',
+    [*CASES.values(), *SUM_CASES.values()],
+    ids=[*CASES, *(f'sum: {name}' for name in SUM_CASES)],
+)
+both_borders = pytest.mark.parametrize('border', ['zero', 'clamp'])
+
+
+def apply(variables, options, device):
+    """What the function returns that takes these arguments."""
+    if 'locations' not in variables:
+        return deformable_convolution_2d_sampler(**variables, **options)
+    indices = options['indices']
+    if indices is not None:
+        indices = device.send(indices)
+    return sampled_sum_2d(**variables, indices=indices, border=options['border'])
 
 
 def run(arrays, options, gy, device='@numpy'):
@@ -22,7 +37,7 @@ def run(arrays, options, gy, device='@numpy'):
     variables = {
         name: chainer.Variable(device.send(array)) for name, array in arrays.items()
     }
-    y = deformable_convolution_2d_sampler(**variables, **options)
+    y = apply(variables, options, device)
     y.grad = device.send(gy)
     y.backward()
     assert {y.device, *(v.device for v in variables.values())} == {device}
@@ -42,7 +57,7 @@ def run_second_order(arrays, options, gy, device='@numpy'):
     variables = {
         name: chainer.Variable(device.send(array)) for name, array in arrays.items()
     }
-    y = deformable_convolution_2d_sampler(**variables, **options)
+    y = apply(variables, options, device)
     gradients = chainer.grad(
         [y], list(variables.values()), [gy], enable_double_backprop=True
     )
@@ -83,6 +98,7 @@ def test_same_as_the_cpu(case, dtype):
 )
 def test_mixed_dtypes(dtype, offset_dtype):
     assert_same(CASES['all'], dtype, offset_dtype)
+    assert_same(SUM_CASES['groups, clamp'], dtype, offset_dtype)
 
 
 @pytest.mark.parametrize('few_positions', [0, 512])
@@ -104,11 +120,30 @@ def test_lanes_and_products(case, few_positions, monkeypatch):
     assert_same(case, 'float32')
 
 
+@both_borders
+@pytest.mark.parametrize('c', [7, 24, 256])
+def test_lanes_of_sums(c, border, monkeypatch):
+    case = SumCase(n=3, c=c, size=(20, 31), q=300, points=9, border=border)
+    for dtype in 'float32', 'float16':
+        assert_same(case, dtype)
+    monkeypatch.setattr(sampling, 'COLUMN_BYTES', 1 << 12)
+    assert_same(case, 'float32')
+
+
 @pytest.mark.parametrize('value', [numpy.nan, numpy.inf, -numpy.inf, 3e38, 2.0**31])
-def test_hostile_offsets(value):
-    case = Case(c=8, mask=True, pad=(1, 0))
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case(c=8, mask=True, pad=(1, 0)),
+        SumCase(c=8, points=5),
+        SumCase(c=8, points=5, border='clamp'),
+    ],
+    ids=['convolution', 'sum, zero', 'sum, clamp'],
+)
+def test_hostile_coordinates(case, value):
     arrays, gy = case.arrays('float32'), case.gy('float32')
-    arrays['offset'].reshape(-1)[::7] = value
+    coordinates = 'offset' if 'offset' in arrays else 'locations'
+    arrays[coordinates].reshape(-1)[::7] = value
     expected_y, expected = run(arrays, case.options, gy)
     y, gradients = run(arrays, case.options, gy, '@cupy:0')
     assert_close(y, expected_y, 'y')
@@ -138,11 +173,19 @@ def test_finite_differences(name):
     gradient_check.check_double_backward(function, x_data, gy, gg, **tolerances)
 
 
-def test_deterministic():
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case(n=4, c=64, out_c=16, size=(9, 40), ksize=(3, 3), pad=(1, 1), mask=True),
+        SumCase(n=1, c=64, size=(9, 10), q=1440, groups=2, points=9),
+    ],
+    ids=['convolution', 'sum'],
+)
+def test_deterministic(case):
     """Thousands of taps add to the same pixels: atomics would show their order."""
-    case = Case(n=4, c=64, out_c=16, size=(9, 40), ksize=(3, 3), pad=(1, 1), mask=True)
     arrays, gy = case.arrays('float32'), case.gy('float32')
-    arrays['offset'] *= 3
+    if 'offset' in arrays:
+        arrays['offset'] *= 3
     expected = run(arrays, case.options, gy)
     with chainer.using_config('cudnn_deterministic', True):
         runs = [run(arrays, case.options, gy, '@cupy:0') for _ in range(3)]
@@ -226,8 +269,10 @@ def test_arrays_on_different_devices():
 def test_short_run_without_a_memory_pool():
     """For memory checkers, which cannot see past the ends of arrays within a pool."""
     with cuda.cupy.cuda.using_allocator(None):
-        for name in 'all', 'plain', 'depthwise', 'mask':
+        cases = [CASES[name] for name in ('all', 'plain', 'depthwise', 'mask')]
+        cases += [SUM_CASES[name] for name in ('groups, zero', 'indices, clamp')]
+        for case in cases:
             for dtype in 'float32', 'float16':
-                assert_same(CASES[name], dtype)
+                assert_same(case, dtype)
                 with chainer.using_config('cudnn_deterministic', True):
-                    assert_same(CASES[name], dtype)
+                    assert_same(case, dtype)

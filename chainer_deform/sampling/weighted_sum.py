@@ -1,0 +1,197 @@
+"""Sums over points of weight times sample, and their gradients, for every backend.
+
+What :mod:`~chainer_deform.sampling.convolution` says of backends, batches, tiles and
+threads holds here, too. A tile has some of the ``q`` output positions, all of which
+read images of the same batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+
+from chainer_deform.sampling.pieces import Images, cut
+from chainer_deform.sampling.points import Given
+from chainer_deform.sampling.threads import each, quietly
+
+
+@quietly
+def forward(backend, x, locations, weights, indices, border: str):
+    """Returns ``y (q, c)``.
+
+    Args:
+        backend: The module of the backend.
+        x: Images (n, c, h, w).
+        locations: Points (q, groups, K, 2), rows and columns in pixels.
+        weights: Their weights (q, groups, K).
+        indices: The image of each output position, int64 (q,), from 0 to n - 1.
+        border: ``'zero'`` or ``'clamp'``.
+
+    """
+    call = _Call(backend, x, locations, weights, indices, border)
+    y = backend.empty((len(indices), call.images.c), x.dtype)
+
+    def add_up(image, batch, tile):
+        sampler = call.sampler(batch, tile)
+        y[tile] = sampler.sample(image, call.channels)[:, 0]
+
+    for batch in call.images.batches():
+        image = call.images.load(x, batch)
+        call.each_tile(functools.partial(add_up, image, batch), batch)
+    return y
+
+
+@quietly
+def backward(
+    backend, wanted: Collection[str], gy, x, locations, weights, indices, border: str
+) -> dict:
+    """Returns the gradients of the arguments named in ``wanted``, and no others."""
+    call = _Call(backend, x, locations, weights, indices, border, gy)
+    gradients = call.new_gradients(wanted)
+
+    def differentiate(image, gimage, sampler, gy_tile, part):
+        channels = call.parts[part]
+        gcolumns = backend.load_columns(gy_tile, channels, call.dtypes)
+        sampler.differentiate(image, gcolumns, gimage, channels, part)
+
+    for batch in call.images.batches():
+        image = call.images.load(x, batch)
+        gimage = call.images.new_gradient(gradients.get('x'), batch)
+        for tile in call.shared_tiles(batch):
+            sampler = call.sampler(batch, tile, gradients=gradients)
+            work = functools.partial(differentiate, image, gimage, sampler, gy[tile])
+            each(work, range(len(call.parts)), call.threads)
+            sampler.write_gradients()
+        call.images.store(gimage, gradients.get('x'), batch)
+    return gradients
+
+
+@quietly
+def double_backward(
+    backend,
+    wanted: Collection[str],
+    gg: Mapping,
+    gy,
+    x,
+    locations,
+    weights,
+    indices,
+    border: str,
+) -> dict:
+    """Returns the gradients of the sum of ``gg[name] * backward(...)[name]``.
+
+    They are those of the arguments named in ``wanted``, which may be ``gy``: how fast
+    ``y`` and the gradients change as the arguments move along ``gg``, as in
+    :func:`chainer_deform.sampling.convolution.double_backward`.
+    """
+    call = _Call(backend, x, locations, weights, indices, border, gy, *gg.values())
+    still = gg.keys() <= {'x'}
+    gradients = call.new_gradients(wanted)
+    if 'gy' in wanted:
+        gradients['gy'] = backend.empty(gy.shape, gy.dtype)
+
+    def add_up(image, image_dot, batch, tile):
+        sampler = call.sampler(batch, tile, tangents=gg)
+        y_dot = sampler.sample_dot(image, image_dot, call.channels)
+        gradients['gy'][tile] = y_dot[:, 0]
+
+    def differentiate(image, image_dot, gimage_dot, sampler, gy_tile, part):
+        channels = call.parts[part]
+        gcolumns = backend.load_columns(gy_tile, channels, call.dtypes)
+        sampler.differentiate_dot(
+            image, image_dot, gcolumns, None, gimage_dot, channels, part
+        )
+
+    for batch in call.images.batches():
+        # The sums are linear in the image: along it alone, it is not looked at.
+        image = call.images.load(None if still else x, batch)
+        image_dot = call.images.load(gg.get('x'), batch)
+        if 'gy' in wanted:
+            work = functools.partial(add_up, image, image_dot, batch)
+            call.each_tile(work, batch)
+        if not set(wanted) - {'gy'}:
+            continue
+        gimage_dot = call.images.new_gradient(gradients.get('x'), batch)
+        for tile in call.shared_tiles(batch):
+            sampler = call.sampler(batch, tile, tangents=gg, gradients=gradients)
+            work = functools.partial(
+                differentiate, image, image_dot, gimage_dot, sampler, gy[tile]
+            )
+            each(work, range(len(call.parts)), call.threads)
+            sampler.write_gradients()
+        call.images.store(gimage_dot, gradients.get('x'), batch)
+    return gradients
+
+
+class _Call:
+    """The arguments of a call, and how its work is cut.
+
+    Attributes:
+        dtypes: That of images, and that of coordinates and sums.
+        threads: How many threads share the work.
+        images: The images, some at a time.
+        channels: A slice of all channels.
+        parts: For each thread of the backward pass a slice of the channels.
+
+    """
+
+    def __init__(self, backend, x, locations, weights, indices, border, *others):
+        self.backend, self.indices, self.border = backend, indices, border
+        self.x, self.locations, self.weights = x, locations, weights
+        n, c, h, w = x.shape
+        q, self.groups, self.K = weights.shape
+        self.dtypes = backend.dtypes(x, x, locations, weights, *others)
+        # About 32 multiply-adds to sample a channel at a point.
+        self.threads = backend.thread_count(32 * q * self.K * c)
+        self.images = Images(backend, x.shape, self.dtypes, self.threads)
+        self.channels = slice(0, c)
+        self.parts = cut(c, c, self.threads, unit=16)
+        # The output positions, image after image; None for those of a single batch.
+        self.order = None
+        if len(self.images.batches()) > 1:
+            self.order = indices.argsort(kind='stable')
+            self.sorted_indices = indices[self.order]
+
+    def each_tile(self, work, batch: slice) -> None:
+        """Does the work for each tile of a batch; a thread takes whole tiles."""
+        each(work, self._tiles(batch, self.channels, self.threads), self.threads)
+
+    def shared_tiles(self, batch: slice) -> list:
+        """The tiles of a batch, each of which all threads share."""
+        return self._tiles(batch, self.parts[0], 1)
+
+    def _tiles(self, batch: slice, channels: slice, threads: int) -> list:
+        """Output positions that read a batch: slices, or arrays of their numbers."""
+        most = self.backend.tile_positions(
+            channels.stop - channels.start,
+            self.groups * self.K,
+            self.dtypes,
+            self.threads,
+        )
+        if self.order is None:
+            return cut(len(self.indices), most, threads)
+        ends = self.sorted_indices.searchsorted([batch.start, batch.stop])
+        positions = self.order[slice(*ends)]
+        return [positions[part] for part in cut(len(positions), most, threads)]
+
+    def sampler(self, batch: slice, tile, tangents=None, gradients=None):
+        """What samples a batch at the points of a tile; as for a convolution."""
+        tangents, gradients = tangents or {}, gradients or {}
+        return self.backend.Sampler(
+            Given(self.weights.shape, tile, self.indices, batch.start, self.border),
+            (batch.stop - batch.start, self.images.h, self.images.w),
+            self.dtypes,
+            (self.locations, self.weights),
+            (tangents.get('locations'), tangents.get('weights')),
+            (gradients.get('locations'), gradients.get('weights')),
+            len(self.parts),
+        )
+
+    def new_gradients(self, wanted: Collection[str]) -> dict:
+        """Memory for the gradients that are wanted of all but ``gy``, by name."""
+        arrays = {'x': self.x, 'locations': self.locations, 'weights': self.weights}
+        return {
+            name: self.backend.empty(array.shape, array.dtype)
+            for name, array in arrays.items()
+            if name in wanted
+        }
