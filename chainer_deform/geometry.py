@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from chainer.utils import type_check
 
@@ -62,24 +62,6 @@ class Geometry:
             (h + 2 * self.ph - self.dy * (self.kh - 1) - 1) // self.sy + 1,
             (w + 2 * self.pw - self.dx * (self.kw - 1) - 1) // self.sx + 1,
         )
-
-    def pieces(
-        self, n: int, positions: int, count: int
-    ) -> Iterator[tuple[slice, slice]]:
-        """Cuts the output into pieces of at most ``count`` positions.
-
-        Each is a slice of the ``n`` images and one of their output positions: several
-        whole images if they are small, else a part of one, all about as large.
-        """
-        images = max(1, count // positions)
-        parts = -(-positions // max(1, count))
-        count = -(-positions // parts)
-        for i in range(0, n, images):
-            for p in range(0, positions, count):
-                yield (
-                    slice(i, min(i + images, n)),
-                    slice(p, min(p + count, positions)),
-                )
 
     def check_arrays(self, types: Mapping) -> None:
         """Checks shapes and dtypes, by argument name.

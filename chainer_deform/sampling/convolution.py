@@ -73,6 +73,7 @@ def backward(
                 functools.partial(differentiate, image, gimage, sampler, gy_tile)
             )
             sampler.write_gradients()
+        del image  # before the gradient is copied
         call.images.store(gimage, gradients.get('x'), batch)
     if 'W' in wanted:
         call.write_gradient(filters, gradients['W'])
@@ -119,7 +120,7 @@ def double_backward(
 
 def _forward_dot(backend, geometry, gg, gy, x, offset, W, mask):
     """How fast ``y`` changes; in the dtype of ``gy``."""
-    call = _Call(backend, geometry, x, offset, W, mask, *gg.values())
+    call = _Call(backend, geometry, x, offset, W, mask, gy, *gg.values())
     x_dot, W_dot, b_dot = (gg.get(name) for name in ('x', 'W', 'b'))
     columns_move = not gg.keys() <= {'W', 'b'}
     filters = call.filter(W) if columns_move else None
@@ -141,8 +142,9 @@ def _forward_dot(backend, geometry, gg, gy, x, offset, W, mask):
         # The columns are linear in the image: along it alone, it is not looked at.
         image = call.images.load(None if gg.keys() <= {'x', 'b'} else x, batch)
         image_dot = call.images.load(x_dot, batch)
-        work = functools.partial(convolve, image, image_dot, batch)
-        call.each_tile(work, batch, copies=2)
+        call.each_tile(
+            functools.partial(convolve, image, image_dot, batch), batch, copies=2
+        )
     return y_dot
 
 
@@ -187,6 +189,7 @@ def _backward_dot(backend, geometry, wanted, gg, gy, x, offset, W, mask) -> dict
                 )
             )
             sampler.write_gradients()
+        del image, image_dot  # before the gradient is copied
         call.images.store(gimage_dot, gradients.get('x'), batch)
     if 'W' in wanted:
         call.write_gradient(filters, gradients['W'])
@@ -241,7 +244,7 @@ class _Call:
 
         ``copies`` is how many columns there are at a time.
         """
-        most = self._tile_positions(self.channels, copies)
+        most = self._tile_positions(self.channels, copies, tiles=self.threads)
         tiles = cut_tiles(batch, self.positions, most, self.threads)
         each(work, tiles, self.threads)
 
@@ -251,16 +254,17 @@ class _Call:
 
     def shared_tiles(self, batch: slice, copies: int = 1) -> list[tuple[slice, slice]]:
         """The tiles of a batch, each of which all threads share."""
-        most = self._tile_positions(self.parts[0][0], copies)
+        most = self._tile_positions(self.parts[0][0], copies, parts=len(self.parts))
         return cut_tiles(batch, self.positions, most)
 
-    def _tile_positions(self, channels: slice, copies: int) -> int:
+    def _tile_positions(self, channels: slice, copies: int, tiles=1, parts=1) -> int:
         taps = self.geometry.taps
         return self.backend.tile_positions(
             max(copies * taps * (channels.stop - channels.start), len(self.W)),
             taps * self.geometry.offset_groups,
             self.dtypes,
-            self.threads,
+            tiles,
+            parts,
         )
 
     def sampler(self, batch: slice, tile, tangents=None, gradients=None):

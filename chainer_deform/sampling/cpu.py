@@ -20,8 +20,9 @@ empty = numpy.empty
 #: Bytes of the images that are copied at a time, if they are smaller than this.
 BATCH_BYTES = 4 << 20
 
-#: Bytes that may be known of the points of a tile.
+#: Bytes that may be known of points, and bytes of columns, by all threads together.
 POINT_BYTES = 8 << 20
+COLUMN_BYTES = 16 << 20
 
 #: Multiply-adds that are worth a thread of their own.
 THREAD_WORK = 1 << 24
@@ -63,34 +64,33 @@ def batch_images(numbers: int, dtypes) -> int:
     return max(1, BATCH_BYTES // (numbers * dtypes[0].itemsize))
 
 
-def tile_positions(numbers: int, points: int, dtypes, threads: int) -> int:
+def tile_positions(numbers: int, points: int, dtypes, tiles: int, parts: int) -> int:
     """How many output positions a tile may have.
 
     Args:
         numbers: Numbers of a position, in its columns or its output.
         points: Points of a position.
         dtypes: What :func:`dtypes` returns.
-        threads: Threads that have a tile of their own, or a part of it.
+        tiles: How many tiles are worked on at the same time.
+        parts: Into how many parts the channels of a tile are cut.
 
     """
-    # Of a point: pixels, weights, products with some threads, and what is made of them.
-    point_bytes = points * (160 + 16 * threads)
+    most_bytes = min(loops().TILE_BYTES, COLUMN_BYTES // max(tiles, parts))
+    # Of a point: corners, weights, what they are made of, and products of each part.
+    point_bytes = points * (160 + 16 * parts)
     return max(
         1,
         min(
-            loops().TILE_BYTES // (numbers * dtypes[0].itemsize),
-            POINT_BYTES // threads // point_bytes,
+            most_bytes // (numbers * dtypes[0].itemsize),
+            POINT_BYTES // tiles // point_bytes,
         ),
     )
 
 
-def new_image(x, dtype, zeros: bool):
-    """Memory for images (n, c, h, w): a row of zeros, then a row for each pixel.
-
-    With ``zeros`` all of it is 0.
-    """
+def new_image(x, dtype):
+    """Memory for images (n, c, h, w): a row of zeros, then a row for each pixel."""
     n, c, h, w = x.shape
-    image = (numpy.zeros if zeros else numpy.empty)((1 + n * h * w, c), dtype)
+    image = numpy.empty((1 + n * h * w, c), dtype)
     image[0] = 0
     return image
 
@@ -105,11 +105,28 @@ def load_image(x, image, channels) -> None:
         target.reshape(n, h, w, -1).transpose(0, 3, 1, 2)[...] = x[:, channels]
 
 
-def store_image(image, x, channels) -> None:
-    """The inverse of :func:`load_image`; ``x`` is contiguous."""
-    n, c, h, w = x.shape
-    source = image[1:].reshape(n, h * w, c)[:, :, channels]
-    _swap(source, x.reshape(n, c, h * w)[:, channels])
+def new_gradient(gx, dtype):
+    """Zeros for the gradient of images, a row for each pixel.
+
+    They are the memory of ``gx (n, c, h, w)`` where that has the dtype.
+    """
+    n, c, h, w = gx.shape
+    gimage = gx.reshape(n * h * w, c)
+    gimage = gimage if gx.dtype == dtype else numpy.empty(gimage.shape, dtype)
+    gimage[...] = 0
+    return gimage
+
+
+def apart(gimage, gx):
+    """``gimage``, or a copy of it if it is in the memory of ``gx``."""
+    return gimage.copy() if numpy.may_share_memory(gimage, gx) else gimage
+
+
+def store_gradient(gimage, gx, channels) -> None:
+    """Writes channels of the gradient to ``gx (n, c, h, w)``, which is contiguous."""
+    n, c, h, w = gx.shape
+    source = gimage.reshape(n, h * w, c)[:, :, channels]
+    _swap(source, gx.reshape(n, c, h * w)[:, channels])
 
 
 def load_gradient(gy, tile, dtype):

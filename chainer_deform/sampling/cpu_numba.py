@@ -146,9 +146,10 @@ def sample(image, pixels, weights, scale, first, columns, add):
 
 @jit('contract')
 def scatter(gimage, pixels, weights, scale, first, gcolumns):
-    """``gimage[pixels] += scale * weights * gcolumns``."""
+    """``gimage[pixels - 1] += scale * weights * gcolumns``; it has no row of zeros."""
     _, groups, taps, positions = pixels.shape
     group_c = gimage.shape[1] // groups
+    one = uintp(1)
     step = 1 if gcolumns.shape[1] == taps else 0
     for block in range(0, positions, _LINE):
         for o in range(groups):
@@ -157,9 +158,11 @@ def scatter(gimage, pixels, weights, scale, first, gcolumns):
                 for p in range(block, min(block + _LINE, positions)):
                     for corner in range(4):
                         pixel = uintp(pixels[corner, o, k, p])
+                        if pixel == 0:
+                            continue
                         factor = scale[o, k, p] * weights[corner, o, k, p]
                         for c in range(count):
-                            gimage[pixel, a + c] += (
+                            gimage[pixel - one, a + c] += (
                                 factor * gcolumns[p, k * step, b + c]
                             )
 

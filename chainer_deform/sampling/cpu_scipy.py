@@ -50,7 +50,8 @@ def locate(
 def sample(image, pixels, weights, scale, first, columns, add):
     """``columns = scale * sum of weights * image[pixels]``, or ``+=``."""
     for some, some_weights, factors in _steps(columns, pixels, weights, scale):
-        samples = _matrix(image, some, some_weights) @ _pixel_rows(image, some)
+        rows = _pixel_rows(image, some)
+        samples = _matrix(len(rows), some, some_weights) @ rows
         samples *= _by_point(factors)[:, None]
         # (points, c / groups) -> (R, K, c), of which columns may have the sum
         samples = samples.reshape(len(columns), -1, columns.shape[2])
@@ -63,11 +64,11 @@ def sample(image, pixels, weights, scale, first, columns, add):
 
 
 def scatter(gimage, pixels, weights, scale, first, gcolumns):
-    """``gimage[pixels] += scale * weights * gcolumns``."""
+    """``gimage[pixels - 1] += scale * weights * gcolumns``; it has no row of zeros."""
     for some, some_weights, factors in _steps(gcolumns, pixels, weights, scale):
-        matrix, rows = _matrix(gimage, some, some_weights), _pixel_rows(gimage, some)
+        rows, outside = _pixel_rows(gimage, some), some.shape[1]
+        matrix = _matrix(outside + len(rows), some, some_weights)
         scaled = _gradient_rows(gcolumns, some) * _by_point(factors)[:, None]
-        outside = some.shape[1]  # the rows of the row of zeros
         inside = matrix.indices[matrix.indices >= outside]
         if not inside.size:
             continue
@@ -76,11 +77,13 @@ def scatter(gimage, pixels, weights, scale, first, gcolumns):
         if high - low <= matrix.nnz:
             matrix.indices = numpy.maximum(matrix.indices - (low - outside), 0)
             matrix.resize(len(scaled), outside + high - low)
-            rows[low:high] += (matrix.T @ scaled)[outside:]
+            rows[low - outside : high - outside] += (matrix.T @ scaled)[outside:]
         else:
             read, matrix.indices = numpy.unique(matrix.indices, return_inverse=True)
             matrix.resize(len(scaled), len(read))
-            rows[read] += matrix.T @ scaled
+            first_inside = numpy.searchsorted(read, outside)
+            read = read[first_inside:] - outside
+            rows[read] += (matrix.T @ scaled)[first_inside:]
 
 
 def dot(image, pixels, first, gcolumns, products):
@@ -143,14 +146,14 @@ def swap(source, target) -> None:
     target[...] = source.swapaxes(1, 2)
 
 
-def _matrix(image, pixels, weights):
-    """The sparse matrix (points, pixels * groups)."""
+def _matrix(width: int, pixels, weights):
+    """The sparse matrix (points, width = pixels * groups)."""
     rows = numpy.stack([_row_numbers(corner) for corner in pixels], -1)
     weights = numpy.stack([_by_point(corner) for corner in weights], -1)
     ends = numpy.arange(0, rows.size + 1, 4, dtype=rows.dtype)
     return sparse.csr_array(
         (weights.reshape(-1), rows.reshape(-1), ends),
-        shape=(len(rows), len(image) * pixels.shape[1]),
+        shape=(len(rows), width),
     )
 
 

@@ -61,14 +61,14 @@ def batch_images(numbers: int, dtypes) -> int:
     return sys.maxsize
 
 
-def tile_positions(numbers: int, points: int, dtypes, threads: int) -> int:
+def tile_positions(numbers: int, points: int, dtypes, tiles: int, parts: int) -> int:
     """How many output positions a tile may have.
 
     Args:
         numbers: Numbers of a position, in its columns or its output.
         points: Points of a position.
         dtypes: What :func:`dtypes` returns.
-        threads: One.
+        tiles, parts: One; there are no threads.
 
     """
     itemsize, wide = dtypes[0].itemsize, _wide(dtypes[0]).itemsize
@@ -79,11 +79,10 @@ def tile_positions(numbers: int, points: int, dtypes, threads: int) -> int:
     return max(1, min(most, (2**31 - 1) // max(numbers, points)))
 
 
-def new_image(x, dtype, zeros: bool):
-    """Memory for images (n, c, h, w), channels last, or zeros to add to."""
+def new_image(x, dtype):
+    """Memory for images (n, c, h, w), channels last."""
     n, c, h, w = x.shape
-    make = cupy.zeros if zeros else cupy.empty
-    return make((n, h * w, c), dtype)
+    return cupy.empty((n, h * w, c), dtype)
 
 
 def load_image(x, image, channels) -> None:
@@ -92,10 +91,21 @@ def load_image(x, image, channels) -> None:
     _swap(cupy.ascontiguousarray(x).reshape(n, c, h * w), image)
 
 
-def store_image(image, x, channels) -> None:
-    """The inverse of :func:`load_image`; ``x`` is contiguous."""
-    n, c, h, w = x.shape
-    _swap(image, x.reshape(n, c, h * w))
+def new_gradient(gx, dtype):
+    """Zeros for the gradient of images, channels last."""
+    n, c, h, w = gx.shape
+    return cupy.zeros((n, h * w, c), dtype)
+
+
+def apart(gimage, gx):
+    """``gimage``, which has memory of its own."""
+    return gimage
+
+
+def store_gradient(gimage, gx, channels) -> None:
+    """Writes the gradient to ``gx (n, c, h, w)``, which is contiguous."""
+    n, c, h, w = gx.shape
+    _swap(gimage, gx.reshape(n, c, h * w))
 
 
 def load_gradient(gy, tile, dtype):

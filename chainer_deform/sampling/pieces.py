@@ -70,22 +70,27 @@ class Images:
         """A copy of some of ``x``; None if that is None."""
         if x is None:
             return None
-        image = self.backend.new_image(x[batch], self.dtypes[0], zeros=False)
+        image = self.backend.new_image(x[batch], self.dtypes[0])
         self._each_part(lambda part: self.backend.load_image(x[batch], image, part))
         return image
 
-    def new_gradient(self, x, batch: slice):
-        """Zeros for the gradient of such a copy; None if ``x`` is None."""
-        if x is None:
-            return None
-        return self.backend.new_image(x[batch], self.dtypes[1], zeros=True)
+    def new_gradient(self, gx, batch: slice):
+        """Zeros for the gradient of such a copy; None if ``gx`` is None.
 
-    def store(self, image, x, batch: slice) -> None:
-        """The inverse of :meth:`load`, into a contiguous ``x``."""
-        if x is not None:
-            self._each_part(
-                lambda part: self.backend.store_image(image, x[batch], part)
-            )
+        They may be the memory that ``gx`` has for it.
+        """
+        if gx is None:
+            return None
+        return self.backend.new_gradient(gx[batch], self.dtypes[1])
+
+    def store(self, gimage, gx, batch: slice) -> None:
+        """Writes such a gradient to a contiguous ``gx``."""
+        if gx is None:
+            return
+        gimage = self.backend.apart(gimage, gx)
+        self._each_part(
+            lambda part: self.backend.store_gradient(gimage, gx[batch], part)
+        )
 
     def _each_part(self, work) -> None:
         each(work, cut(self.c, self.c, self.threads, unit=16), self.threads)

@@ -59,9 +59,11 @@ def backward(
         gimage = call.images.new_gradient(gradients.get('x'), batch)
         for tile in call.shared_tiles(batch):
             sampler = call.sampler(batch, tile, gradients=gradients)
-            work = functools.partial(differentiate, image, gimage, sampler, gy[tile])
-            each(work, range(len(call.parts)), call.threads)
+            call.each_part(
+                functools.partial(differentiate, image, gimage, sampler, gy[tile])
+            )
             sampler.write_gradients()
+        del image  # before the gradient is copied
         call.images.store(gimage, gradients.get('x'), batch)
     return gradients
 
@@ -107,18 +109,19 @@ def double_backward(
         image = call.images.load(None if still else x, batch)
         image_dot = call.images.load(gg.get('x'), batch)
         if 'gy' in wanted:
-            work = functools.partial(add_up, image, image_dot, batch)
-            call.each_tile(work, batch)
+            call.each_tile(functools.partial(add_up, image, image_dot, batch), batch)
         if not set(wanted) - {'gy'}:
             continue
         gimage_dot = call.images.new_gradient(gradients.get('x'), batch)
         for tile in call.shared_tiles(batch):
             sampler = call.sampler(batch, tile, tangents=gg, gradients=gradients)
-            work = functools.partial(
-                differentiate, image, image_dot, gimage_dot, sampler, gy[tile]
+            call.each_part(
+                functools.partial(
+                    differentiate, image, image_dot, gimage_dot, sampler, gy[tile]
+                )
             )
-            each(work, range(len(call.parts)), call.threads)
             sampler.write_gradients()
+        del image, image_dot  # before the gradient is copied
         call.images.store(gimage_dot, gradients.get('x'), batch)
     return gradients
 
@@ -154,25 +157,31 @@ class _Call:
 
     def each_tile(self, work, batch: slice) -> None:
         """Does the work for each tile of a batch; a thread takes whole tiles."""
-        each(work, self._tiles(batch, self.channels, self.threads), self.threads)
+        tiles = self._tiles(batch, self.channels, tiles=self.threads)
+        each(work, tiles, self.threads)
+
+    def each_part(self, work) -> None:
+        """Does the work for each part of the channels."""
+        each(work, range(len(self.parts)), self.threads)
 
     def shared_tiles(self, batch: slice) -> list:
         """The tiles of a batch, each of which all threads share."""
-        return self._tiles(batch, self.parts[0], 1)
+        return self._tiles(batch, self.parts[0], parts=len(self.parts))
 
-    def _tiles(self, batch: slice, channels: slice, threads: int) -> list:
+    def _tiles(self, batch: slice, channels: slice, tiles=1, parts=1) -> list:
         """Output positions that read a batch: slices, or arrays of their numbers."""
         most = self.backend.tile_positions(
             channels.stop - channels.start,
             self.groups * self.K,
             self.dtypes,
-            self.threads,
+            tiles,
+            parts,
         )
         if self.order is None:
-            return cut(len(self.indices), most, threads)
+            return cut(len(self.indices), most, tiles)
         ends = self.sorted_indices.searchsorted([batch.start, batch.stop])
         positions = self.order[slice(*ends)]
-        return [positions[part] for part in cut(len(positions), most, threads)]
+        return [positions[part] for part in cut(len(positions), most, tiles)]
 
     def sampler(self, batch: slice, tile, tangents=None, gradients=None):
         """What samples a batch at the points of a tile; as for a convolution."""

@@ -148,16 +148,19 @@ class TestThreadCount:
         assert cpu.thread_count(2 * cpu.THREAD_WORK) == 2
         assert cpu.thread_count(2**60) == 3
 
-    def test_tiles_shrink_with_the_threads(self):
-        """What all threads know of their points together is bounded."""
+    @pytest.mark.parametrize('points', [1, 9, 100, 10**6])
+    @pytest.mark.parametrize('threads', [1, 2, 16, 64])
+    def test_tiles_shrink_with_the_threads(self, points, threads):
+        """What all threads have at the same time is bounded."""
         dtypes = 2 * (numpy.dtype('float32'),)
-        for points in 1, 9, 100, 10**6:
-            for threads in 1, 2, 16, 64:
-                positions = cpu.tile_positions(points, points, dtypes, threads)
-                assert positions >= 1
-                if positions > 1:
-                    bytes_of_all = threads * positions * points * (160 + 16 * threads)
-                    assert bytes_of_all <= cpu.POINT_BYTES
+        for tiles, parts in (threads, 1), (1, threads):
+            count = cpu.tile_positions(8 * points, points, dtypes, tiles, parts)
+            assert count >= 1
+            if count > 1:
+                known = count * points * (160 + 16 * parts)
+                assert tiles * known <= cpu.POINT_BYTES
+                columns = count * 8 * points * 4
+                assert columns * max(tiles, parts) <= cpu.COLUMN_BYTES
 
 
 @pytest.mark.parametrize('side', ['h', 'w'])

@@ -700,10 +700,10 @@ def test_pieces_keep_indices_below_two_to_the_31(monkeypatch):
     for dtype in 'float16', 'float32', 'float64':
         dtypes = cuda.dtypes(numpy.empty(0, dtype), numpy.empty(0, dtype))
         for numbers, points in (2304, 9), (5, 700), (1, 1):
-            count = cuda.tile_positions(numbers, points, dtypes, 1)
+            count = cuda.tile_positions(numbers, points, dtypes, 1, 1)
             assert count * max(numbers, points) < 2**31
             assert (count + 1) * max(numbers, points) >= 2**31
-    assert cuda.tile_positions(2**32, 1, dtypes, 1) == 1
+    assert cuda.tile_positions(2**32, 1, dtypes, 1, 1) == 1
 
 
 def test_too_many_positions():
@@ -753,11 +753,11 @@ def test_copy_of_an_unaligned_image():
     unaligned[...] = x
     for source in x, unaligned:
         for dtype in 'float16', 'float64':
-            image = cuda.new_image(source, numpy.dtype(dtype), zeros=False)
+            image = cuda.new_image(source, numpy.dtype(dtype))
             cuda.load_image(source, image, slice(0, 8))
             numpy.testing.assert_array_equal(image, x.reshape(2, 8, 12).swapaxes(1, 2))
             back = numpy.zeros_like(source)
-            cuda.store_image(image, back, slice(0, 8))
+            cuda.store_gradient(image, back, slice(0, 8))
             numpy.testing.assert_array_equal(back, x)
 
 
