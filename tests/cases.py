@@ -109,6 +109,20 @@ CASES = {
     'empty batch': Case(n=0, mask=True),
 }
 
+#: Channels that fill vectors and panels of the products, and some beyond them.
+WIDE_CASES = {
+    'outputs': Case(
+        n=1, c=20, out_c=35, size=(4, 3), ksize=(2, 1), pad=(0, 1), mask=True
+    ),
+    'groups': Case(
+        n=2, c=14, out_c=74, size=(2, 3), ksize=(1, 2), groups=2, offset_groups=7
+    ),
+    'depthwise': Case(
+        n=1, c=35, out_c=70, size=(3, 4), ksize=(2, 2), groups=35, offset_groups=5
+    ),
+    'inputs': Case(n=1, c=67, out_c=17, size=(2, 4), ksize=(1, 2), stride=(1, 2)),
+}
+
 
 @dataclasses.dataclass
 class SumCase:

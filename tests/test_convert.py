@@ -357,6 +357,17 @@ class TestMmcv:
         with pytest.raises(ValueError, match="lacks 'conv2_offset.bias'"):
             from_mmcv(other, early, prefix='conv2.')
 
+    def test_key_of_early_files_that_is_of_another_layer(self, random):
+        """Beside a layer that has an offset convolution of its own."""
+        layer, other = make_layer(), make_layer()
+        state = mmcv_state(random)
+        from_mmcv(layer, state)
+        whole = {f'conv2.{key}': array for key, array in state.items()}
+        whole['conv2_offset.weight'] = numpy.zeros((5, 4, 3, 2))
+        whole['conv2_offset.bias'] = numpy.zeros(5)
+        from_mmcv(other, whole, prefix='conv2.')
+        assert_same(arrays_of(other), arrays_of(layer))
+
 
 def as_dtype(arrays, dtype):
     return {name: array.astype(dtype) for name, array in arrays.items()}

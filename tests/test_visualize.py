@@ -115,7 +115,26 @@ def test_points_outside_the_image_are_shown_or_counted(ax):
 def test_only_points_that_are_not_finite(ax):
     plot_sampling_points(image, numpy.full((3, 2), numpy.nan), ax=ax)
     assert ax.get_title() == 'Sampling points\n3 not finite'
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 29.5), (23.5, -0.5))
+    ((drawn, _),) = scatters(ax)
+    assert not len(drawn)
+
+
+def test_no_points(ax):
     plot_sampling_points(image, numpy.zeros((0, 2)), ax=ax)
+    assert ax.get_title() == 'Sampling points'
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-0.5, 29.5), (23.5, -0.5))
+    ((drawn, _),) = scatters(ax)
+    assert not len(drawn)
+
+
+@pytest.mark.parametrize('value', [numpy.nan, numpy.inf, -numpy.inf])
+def test_point_of_which_one_coordinate_is_not_finite(ax, value):
+    points = numpy.array([[5, 6], [value, 2], [1, value]])
+    plot_sampling_points(image, points, ax=ax)
+    assert ax.get_title() == 'Sampling points\n2 not finite'
+    ((drawn, _),) = scatters(ax)
+    numpy.testing.assert_array_equal(drawn, [[5, 6]])
 
 
 GREY = [[0, 10], [20, 40]]

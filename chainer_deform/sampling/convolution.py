@@ -20,6 +20,9 @@ from chainer_deform.sampling.pieces import Images, contiguous, cut, cut_tiles
 from chainer_deform.sampling.points import Grid
 from chainer_deform.sampling.threads import each, quietly
 
+#: Bytes that the gradients of a filter may take which threads sum up for themselves.
+FILTER_BYTES = 4 << 20
+
 
 @quietly
 def forward(backend, geometry, x, offset, W, mask=None, b=None):
@@ -51,28 +54,30 @@ def backward(
     gy_view = call.by_position(gy)
     need_gcolumns = not {'x', 'offset', 'mask'}.isdisjoint(wanted)
 
-    def differentiate(image, gimage, sampler, gy_tile, part):
+    def differentiate(image, gimage, sampler, gy_tile, slot, part):
         channels, outputs = call.parts[part]
         if need_gcolumns:
             gcolumns = filters[part].gcolumns(gy_tile[outputs])
             columns = sampler.differentiate(
-                image, gcolumns, gimage, channels, part, columns='W' in wanted
+                image, gcolumns, gimage, channels, slot, columns='W' in wanted
             )
         else:
             columns = sampler.sample(image, channels)
         if 'W' in wanted:
             filters[part].add_gradient(gy_tile[outputs], columns)
 
+    def work(image, gimage, batch, tile, parts):
+        sampler = call.sampler(batch, tile, gradients=gradients)
+        gy_tile = backend.load_gradient(gy_view, tile, call.dtypes[0])
+        call.each_part(
+            functools.partial(differentiate, image, gimage, sampler, gy_tile), parts
+        )
+        sampler.write_gradients()
+
     for batch in call.images.batches() if set(wanted) - {'b'} else ():
         image = call.images.load(x, batch)
         gimage = call.images.new_gradient(gradients.get('x'), batch)
-        for tile in call.shared_tiles(batch):
-            sampler = call.sampler(batch, tile, gradients=gradients)
-            gy_tile = backend.load_gradient(gy_view, tile, call.dtypes[0])
-            call.each_part(
-                functools.partial(differentiate, image, gimage, sampler, gy_tile)
-            )
-            sampler.write_gradients()
+        call.each_shared_tile(functools.partial(work, image, gimage, batch), batch)
         del image  # before the gradient is copied
         call.images.store(gimage, gradients.get('x'), batch)
     if 'W' in wanted:
@@ -160,7 +165,7 @@ def _backward_dot(backend, geometry, wanted, gg, gy, x, offset, W, mask) -> dict
     filters_dot = None if W_dot is None else call.transposed_filters(W_dot)
     gy_view = call.by_position(gy)
 
-    def differentiate(image, image_dot, gimage_dot, sampler, gy_tile, part):
+    def differentiate(image, image_dot, gimage_dot, sampler, gy_tile, slot, part):
         channels, outputs = call.parts[part]
         if 'W' in wanted and columns_move:
             columns_dot = sampler.sample_dot(image, image_dot, channels)
@@ -173,22 +178,29 @@ def _backward_dot(backend, geometry, wanted, gg, gy, x, offset, W, mask) -> dict
             if W_dot is not None:
                 gcolumns_dot = filters_dot[part].gcolumns(gy_tile[outputs])
             sampler.differentiate_dot(
-                image, image_dot, gcolumns, gcolumns_dot, gimage_dot, channels, part
+                image, image_dot, gcolumns, gcolumns_dot, gimage_dot, channels, slot
             )
+
+    def work(image, image_dot, gimage_dot, batch, tile, parts):
+        sampler = call.sampler(batch, tile, tangents=gg, gradients=gradients)
+        gy_tile = backend.load_gradient(gy_view, tile, call.dtypes[0])
+        call.each_part(
+            functools.partial(
+                differentiate, image, image_dot, gimage_dot, sampler, gy_tile
+            ),
+            parts,
+        )
+        sampler.write_gradients()
 
     for batch in call.images.batches():
         image = call.images.load(None if still else x, batch)
         image_dot = call.images.load(x_dot, batch)
         gimage_dot = call.images.new_gradient(gradients.get('x'), batch)
-        for tile in call.shared_tiles(batch, copies=2):
-            sampler = call.sampler(batch, tile, tangents=gg, gradients=gradients)
-            gy_tile = backend.load_gradient(gy_view, tile, call.dtypes[0])
-            call.each_part(
-                functools.partial(
-                    differentiate, image, image_dot, gimage_dot, sampler, gy_tile
-                )
-            )
-            sampler.write_gradients()
+        call.each_shared_tile(
+            functools.partial(work, image, image_dot, gimage_dot, batch),
+            batch,
+            copies=2,
+        )
         del image, image_dot  # before the gradient is copied
         call.images.store(gimage_dot, gradients.get('x'), batch)
     if 'W' in wanted:
@@ -225,6 +237,17 @@ class _Call:
         self.images = Images(backend, x.shape, self.dtypes, self.threads)
         self.channels = slice(0, c)
         self.parts = self._parts()
+        # Threads share images instead, if there are enough of them at a time, and each
+        # may sum up a gradient of the filter.
+        even = n % self.threads == 0 or n >= 4 * self.threads
+        filter_bytes = self.threads * W.size * self.dtypes[0].itemsize
+        self.by_image = (
+            even
+            and 1 < self.threads <= self.images.at_a_time
+            and filter_bytes <= FILTER_BYTES
+        )
+        if self.by_image:
+            self.parts = self.threads * [(self.channels, slice(0, len(W)))]
 
     def _parts(self) -> list[tuple[slice, slice]]:
         c, out_c, groups = self.channels.stop, len(self.W), self.geometry.groups
@@ -248,14 +271,35 @@ class _Call:
         tiles = cut_tiles(batch, self.positions, most, self.threads)
         each(work, tiles, self.threads)
 
-    def each_part(self, work) -> None:
-        """Does the work for each part of the channels."""
-        each(work, range(len(self.parts)), self.threads)
+    def each_shared_tile(self, work, batch: slice, copies: int = 1) -> None:
+        """Does ``work(tile, parts)`` for each tile of a batch.
 
-    def shared_tiles(self, batch: slice, copies: int = 1) -> list[tuple[slice, slice]]:
-        """The tiles of a batch, each of which all threads share."""
-        most = self._tile_positions(self.parts[0][0], copies, parts=len(self.parts))
-        return cut_tiles(batch, self.positions, most)
+        All parts share a tile; or each part has images, and so tiles, of its own.
+        """
+        parts = range(len(self.parts))
+        most = self._tile_positions(
+            self.parts[0][0],
+            copies,
+            tiles=len(parts) if self.by_image else 1,
+            parts=1 if self.by_image else len(parts),
+        )
+        if not self.by_image:
+            for tile in cut_tiles(batch, self.positions, most):
+                work(tile, parts)
+            return
+
+        def work_on_images(part):
+            images = shares[part]
+            share = slice(batch.start + images.start, batch.start + images.stop)
+            for tile in cut_tiles(share, self.positions, most):
+                work(tile, [part])
+
+        shares = cut(batch.stop - batch.start, batch.stop, self.threads)
+        each(work_on_images, range(len(shares)), self.threads)
+
+    def each_part(self, work, parts) -> None:
+        """Does ``work(slot, part)`` for parts of the channels, numbered by slots."""
+        each(lambda item: work(*item), list(enumerate(parts)), self.threads)
 
     def _tile_positions(self, channels: slice, copies: int, tiles=1, parts=1) -> int:
         taps = self.geometry.taps
@@ -285,7 +329,7 @@ class _Call:
             (self.offset, self.mask),
             (tangents.get('offset'), tangents.get('mask')),
             (gradients.get('offset'), gradients.get('mask')),
-            len(self.parts),
+            1 if self.by_image else len(self.parts),
         )
 
     def by_position(self, y):
@@ -309,12 +353,16 @@ class _Call:
 
     def write_gradient(self, filters: list, gW) -> None:
         """Writes what the filters have summed up."""
+        if self.by_image:
+            for other in filters[1:]:
+                filters[0].add_gradient_of(other)
+            filters = filters[:1]
 
         def write(part):
             gW_part, _ = self._filter_part(gW, part)
             filters[part].write_gradient(gW_part)
 
-        self.each_part(write)
+        each(write, range(len(filters)), self.threads)
 
     def _filter_part(self, W, part: int):
         """What of a filter belongs to a part of the channels, and its groups."""

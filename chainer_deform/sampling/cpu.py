@@ -175,8 +175,8 @@ class Sampler:
         tangents=(None, None), gradients=(None, None), parts=1,
     ) -> None:  # fmt: skip
         self.points, self.dtype, self.gradients = points, dtypes[0], gradients
-        self.corners = Corners(points, *arguments, size, self.dtype, loops().locate)
-        self.standing = self.corners.weights(), self.corners.factors
+        self.corners = Corners(points, *arguments, size, self.dtype, loops())
+        self.standing = self.corners.weights, self.corners.factors
         self.tangents = self.moving = None
         if any(array is not None for array in tangents):
             self.tangents = self.corners.tangents(*tangents)
@@ -232,11 +232,10 @@ class Sampler:
         """Writes the gradients of coordinates and factors, or how fast they change."""
         if self.products is None:
             return
-        y, x, factors = self.corners.gradients(self.products.sum(axis=0))
+        gradients = self.corners.gradients(self.products)
         if self.moving is not None:
-            products = self.moving_products.sum(axis=0)
-            terms = self.corners.gradients_dot(products, self.tangents)
-            y, x, factors = y + terms[0], x + terms[1], factors + terms[2]
+            gradients += self.corners.gradients_dot(self.moving_products, self.tangents)
+        y, x, factors = gradients
         gcoordinates, gfactors = self.gradients
         if gcoordinates is not None:
             self.points.write_coordinates(gcoordinates, y, x)
@@ -382,6 +381,13 @@ class TransposedFilter:
         else:
             # (G, oCg, K * iCg) += (G, oCg, R) @ (G, R, K * iCg)
             loops().add_product(gy, _split(columns, self.groups), self.gradient)
+
+    def add_gradient_of(self, other) -> None:
+        """Adds the gradient that another copy of the filter has summed up."""
+        if self.gradient is None:
+            self.gradient = self._zeros()
+        if other.gradient is not None:
+            self.gradient += other.gradient
 
     def write_gradient(self, gW) -> None:
         """Writes the filter's gradient to ``gW (out_c, c / groups, kh, kw)``."""

@@ -13,7 +13,7 @@ position are added up they are (R, 1, channels).
 from __future__ import annotations
 
 import numpy
-from numpy import uintp
+from numpy import isnan, uintp
 
 from chainer_deform.sampling import rule
 from chainer_deform.sampling.compiler import jit
@@ -33,6 +33,7 @@ __all__ = [
     'add_product',
     'check',
     'dot',
+    'gradients',
     'locate',
     'multiply',
     'multiply_lanes',
@@ -50,14 +51,15 @@ TILE_BYTES = 2 << 20
 _LINE = 8
 
 _axis = jit()(rule.axis)
+_sample = jit()(rule.sample)
 
 
 @jit()
 def locate(
     images, grid, offsets, size, limits, clamp,
-    pixels, row_weights, col_weights, slopes,
+    pixels, weights, row_weights, col_weights, slopes,
 ):  # fmt: skip
-    """Finds the corners of the points, and their weights along both axes.
+    """Finds the corners of the points, and their weights.
 
     Args:
         images: The image of each output position, (R,).
@@ -66,7 +68,7 @@ def locate(
         size: Height and width of the images.
         limits: :func:`~chainer_deform.sampling.rule.point_limit` of both axes.
         clamp: Whether the border is clamped.
-        pixels, row_weights, col_weights, slopes: The results, of which
+        pixels, weights, row_weights, col_weights, slopes: The results;
             :class:`~chainer_deform.sampling.points.Corners` says what they are.
 
     """
@@ -76,8 +78,10 @@ def locate(
     groups, taps, positions = offset_y.shape
     for o in range(groups):
         for k in range(taps):
+            nan = False
             for p in range(positions):
                 move_y, move_x = offset_y[o, k, p], offset_x[o, k, p]
+                nan |= move_y != move_y or move_x != move_x
                 y, below, top, low, y_slope = _axis(
                     position_y[p] + tap_y[k], move_y, h, limit_y, clamp
                 )
@@ -85,17 +89,63 @@ def locate(
                     position_x[p] + tap_x[k], move_x, w, limit_x, clamp
                 )
                 inside = (top or low) and (left or right)
+                slopes[0, o, k, p] = y_slope and inside
+                slopes[1, o, k, p] = x_slope and inside
                 row_weights[0, o, k, p] = 1 - below if top else 0
                 row_weights[1, o, k, p] = below if low else 0
                 col_weights[0, o, k, p] = 1 - right_of if left else 0
                 col_weights[1, o, k, p] = right_of if right else 0
-                slopes[0, o, k, p] = y_slope and inside
-                slopes[1, o, k, p] = x_slope and inside
                 pixel = 1 + (images[p] * h + y) * w + x
                 pixels[0, o, k, p] = pixel if top and left else 0
                 pixels[1, o, k, p] = pixel + 1 if top and right else 0
                 pixels[2, o, k, p] = pixel + w if low and left else 0
                 pixels[3, o, k, p] = pixel + w + 1 if low and right else 0
+            for p in range(positions if nan else 0):
+                if isnan(offset_y[o, k, p]) or isnan(offset_x[o, k, p]):
+                    slopes[:, o, k, p] = True
+                    row_weights[:, o, k, p] = numpy.nan
+                    col_weights[:, o, k, p] = numpy.nan
+            for p in range(positions):
+                top_w, low_w = row_weights[0, o, k, p], row_weights[1, o, k, p]
+                left_w, right_w = col_weights[0, o, k, p], col_weights[1, o, k, p]
+                weights[0, o, k, p], weights[1, o, k, p] = (
+                    top_w * left_w,
+                    top_w * right_w,
+                )
+                weights[2, o, k, p], weights[3, o, k, p] = (
+                    low_w * left_w,
+                    low_w * right_w,
+                )
+
+
+@jit()
+def gradients(products, row_weights, col_weights, slopes, factors, results):
+    """Writes the gradients of rows, columns and factors, (3, groups, K, R).
+
+    ``products`` (parts, 4, groups, K, R) are over channels, column gradient times each
+    corner pixel; :class:`~chainer_deform.sampling.points.Corners` says what the others
+    are.
+    """
+    parts, _, groups, taps, positions = products.shape
+    for o in range(groups):
+        for k in range(taps):
+            for p in range(positions):
+                tl, tr = products[0, 0, o, k, p], products[0, 1, o, k, p]
+                bl, br = products[0, 2, o, k, p], products[0, 3, o, k, p]
+                for part in range(1, parts):
+                    tl += products[part, 0, o, k, p]
+                    tr += products[part, 1, o, k, p]
+                    bl += products[part, 2, o, k, p]
+                    br += products[part, 3, o, k, p]
+                value, along_y, along_x, _ = _sample(
+                    (tl, tr, bl, br),
+                    (row_weights[0, o, k, p], row_weights[1, o, k, p]),
+                    (col_weights[0, o, k, p], col_weights[1, o, k, p]),
+                )
+                factor = factors[o, k, p]
+                results[0, o, k, p] = factor * along_y if slopes[0, o, k, p] else 0
+                results[1, o, k, p] = factor * along_x if slopes[1, o, k, p] else 0
+                results[2, o, k, p] = value
 
 
 @jit()
@@ -207,9 +257,10 @@ def check() -> None:
     limits = 2 * (numpy.float32(4),)
     locate(
         places, 4 * (places,), 2 * (offset,), (1, 1), limits, False,
-        pixels, pair, pair.copy(), slopes,
+        pixels, corners, pair.copy(), pair.copy(), slopes,
     )  # fmt: skip
     pixels[...] = 0
+    gradients(corners[None], pair, pair, slopes, offset, corners[:3])
     sample(image, pixels, corners, offset, 0, columns, False)
     scatter(image, pixels, corners, offset, 0, columns)
     dot(image, pixels, 0, columns, corners)

@@ -25,18 +25,18 @@ def thread_count() -> int:
 
 def locate(
     images, grid, offsets, size, limits, clamp,
-    pixels, row_weights, col_weights, slopes,
+    pixels, weights, row_weights, col_weights, slopes,
 ):  # fmt: skip
-    """Finds the corners of the points, and their weights along both axes."""
+    """Finds the corners of the points, and their weights."""
     corners = []
-    for i, (weights, position, tap) in enumerate(
+    for i, (axis_weights, position, tap) in enumerate(
         zip((row_weights, col_weights), grid[:2], grid[2:])
     ):
         index, after, before_counts, next_counts, slopes[i] = rule.axis(
             tap[:, None] + position, offsets[i], size[i], limits[i], clamp
         )
-        weights[0] = numpy.where(before_counts, 1 - after, 0)
-        weights[1] = numpy.where(next_counts, after, 0)
+        axis_weights[0] = numpy.where(before_counts, 1 - after, 0)
+        axis_weights[1] = numpy.where(next_counts, after, 0)
         corners.append(((index, before_counts), (index + 1, next_counts)))
     h, w = size
     for corner, ((row, row_counts), (col, col_counts)) in enumerate(
@@ -44,7 +44,20 @@ def locate(
     ):
         inside = row_counts & col_counts
         pixels[corner] = numpy.where(inside, 1 + (images * h + row) * w + col, 0)
+    nan = numpy.isnan(offsets[0]) | numpy.isnan(offsets[1])
+    row_weights[:, nan] = col_weights[:, nan] = numpy.nan
     slopes &= (pixels != 0).any(axis=0)
+    slopes |= nan
+    weights.reshape(2, 2, *nan.shape)[...] = row_weights[:, None] * col_weights
+
+
+def gradients(products, row_weights, col_weights, slopes, factors, results):
+    """Writes the gradients of rows, columns and factors, (3, groups, K, R)."""
+    products = products.sum(axis=0)
+    value, along_y, along_x, _ = rule.sample(products, row_weights, col_weights)
+    results[0] = numpy.where(slopes[0], factors * along_y, 0)
+    results[1] = numpy.where(slopes[1], factors * along_x, 0)
+    results[2] = value
 
 
 def sample(image, pixels, weights, scale, first, columns, add):

@@ -60,11 +60,11 @@ class Images:
     def __init__(self, backend, shape, dtypes, threads: int) -> None:
         self.backend, self.dtypes, self.threads = backend, dtypes, threads
         self.n, self.c, self.h, self.w = shape
+        self.at_a_time = backend.batch_images(self.c * self.h * self.w, dtypes)
 
     def batches(self) -> list[slice]:
         """The images that are there at the same time."""
-        numbers = self.c * self.h * self.w
-        return cut(self.n, self.backend.batch_images(numbers, self.dtypes))
+        return cut(self.n, self.at_a_time)
 
     def load(self, x, batch: slice):
         """A copy of some of ``x``; None if that is None."""

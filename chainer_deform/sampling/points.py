@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy
 
-from chainer_deform.sampling.rule import point_limit
+from chainer_deform.sampling.rule import point_limit, sample
 
 
 class Grid:
@@ -43,12 +43,12 @@ class Grid:
     def grid(self):
         """Rows and columns of the output positions (R,) and of the taps (K,)."""
         geometry = self.geometry
-        positions = numpy.arange(self.tile[1].start, self.tile[1].stop)
+        positions = self.tile[1].start + numpy.arange(self.R) % self.positions
         oy, ox = numpy.divmod(positions, self.out_size[1])
         i, j = numpy.divmod(numpy.arange(self.K), geometry.kw)
         return (
-            numpy.tile(oy * geometry.sy - geometry.ph, self.images),
-            numpy.tile(ox * geometry.sx - geometry.pw, self.images),
+            oy * geometry.sy - geometry.ph,
+            ox * geometry.sx - geometry.pw,
             i * geometry.dy,
             j * geometry.dx,
         )
@@ -151,37 +151,34 @@ class Corners:
         points: Where they are, :class:`Grid` or :class:`Given`.
         offsets: What is added to their grid, an array of coordinates.
         factors: What their samples are multiplied by, an array of factors or None.
-        size: Images, height and width.
+        size: Number, height and width of the images.
         dtype: That of all weights.
-        locate: The loop that finds the corners.
+        loops: The module of the loops.
 
     """
 
-    def __init__(self, points, offsets, factors, size, dtype, locate) -> None:
-        self.points, self.dtype = points, dtype
+    def __init__(self, points, offsets, factors, size, dtype, loops) -> None:
+        self.points, self.dtype, self.loops = points, dtype, loops
         n, h, w = size
         shape = points.groups, points.K, points.R
         # Pixel 0 is no pixel: all corners outside are there.
         many = (1 + n * h * w) * points.groups >= 2**31
         self.pixels = numpy.empty((4, *shape), numpy.int64 if many else numpy.int32)
+        self.weights = numpy.empty((4, *shape), dtype)
         self.row_weights = numpy.empty((2, *shape), dtype)
         self.col_weights = numpy.empty((2, *shape), dtype)
         # Whether the sample changes with the row and the column.
         self.slopes = numpy.empty((2, *shape), bool)
-        offsets = points.coordinates(offsets, dtype)
         grid = points.grid()
         limits = tuple(
             point_limit(_largest(position) + _largest(tap), side, dtype)
             for position, tap, side in zip(grid[:2], grid[2:], (h, w))
         )
-        locate(
-            points.image_numbers(), grid, offsets, (h, w), limits, points.clamp,
-            self.pixels, self.row_weights, self.col_weights, self.slopes,
+        loops.locate(
+            points.image_numbers(), grid, points.coordinates(offsets, dtype), (h, w),
+            limits, points.clamp, self.pixels, self.weights, self.row_weights,
+            self.col_weights, self.slopes,
         )  # fmt: skip
-        if numpy.isnan(offsets[0].min() + offsets[1].min()):
-            nan = numpy.isnan(offsets[0]) | numpy.isnan(offsets[1])
-            self.row_weights[:, nan] = self.col_weights[:, nan] = numpy.nan
-            self.slopes[:, nan] = True
         self.factors = self.ones()
         if factors is not None:
             self.factors = points.factors(factors, dtype)
@@ -190,51 +187,20 @@ class Corners:
         """Factors that change nothing."""
         return numpy.ones(self.pixels.shape[1:], self.dtype)
 
-    def weights(self):
-        """The bilinear weights of the corners."""
-        weights = self.row_weights[:, None] * self.col_weights
-        return weights.reshape(self.pixels.shape)
-
     def gradients(self, products):
-        """The gradients of rows, columns and factors.
+        """The gradients of rows, columns and factors, (3, groups, K, R).
 
         Args:
-            products: Over channels, column gradient times each corner pixel.
+            products: Over channels, column gradient times each corner pixel; an array
+                (parts, 4, groups, K, R), of which the parts are added up.
 
         """
-        along_y, along_x, _ = self._slopes_of(products)
-        factors_y, factors_x = numpy.where(self.slopes, self.factors, 0)
-        return factors_y * along_y, factors_x * along_x, self._samples_of(products)
-
-    def gradients_dot(self, products, tangents):
-        """How fast :meth:`gradients` change as the points move."""
-        y_dot, x_dot, factors_dot = tangents
-        along_y, along_x, along_both = self._slopes_of(products)
-        factors_y, factors_x = numpy.where(self.slopes, self.factors, 0)
-        return (
-            factors_dot * along_y + factors_y * along_both * x_dot,
-            factors_dot * along_x + factors_x * along_both * y_dot,
-            along_y * y_dot + along_x * x_dot,
-        )
-
-    def _samples_of(self, products):
-        """What the samples are if the corners hold ``products``."""
-        (tl, tr, bl, br), (top, bottom) = products, self.row_weights
-        left, right = self.col_weights
-        return top * (left * tl + right * tr) + bottom * (left * bl + right * br)
-
-    def _slopes_of(self, products):
-        """The derivatives of these samples along rows, along columns and along both."""
-        (tl, tr, bl, br), (top, bottom) = products, self.row_weights
-        left, right = self.col_weights
-        along_y = left * (bl - tl) + right * (br - tr)
-        along_x = top * (tr - tl) + bottom * (br - bl)
-        by_y, by_x = self.slopes
-        return (
-            numpy.where(by_y, along_y, 0),
-            numpy.where(by_x, along_x, 0),
-            numpy.where(by_y & by_x, tl - tr - bl + br, 0),
-        )
+        gradients = numpy.empty((3, *self.pixels.shape[1:]), self.dtype)
+        self.loops.gradients(
+            products, self.row_weights, self.col_weights, self.slopes, self.factors,
+            gradients,
+        )  # fmt: skip
+        return gradients
 
     def tangents(self, offsets, factors):
         """How rows, columns and factors move; a point outside does not.
@@ -263,6 +229,28 @@ class Corners:
         weights_dot = (turn * y_dot)[:, None] * cols + rows * (turn * x_dot)
         weights_dot = factors_dot * rows * cols + self.factors * weights_dot
         return weights_dot.reshape(self.pixels.shape)
+
+    def gradients_dot(self, products, tangents):
+        """How fast :meth:`gradients` change as points and factors move."""
+        y_dot, x_dot, factors_dot = tangents
+        _, along_y, along_x, along_both = sample(
+            products.sum(axis=0), self.row_weights, self.col_weights
+        )
+        by_y, by_x = self.slopes
+        along_y, along_x, along_both = (
+            numpy.where(moves, along, 0)
+            for moves, along in zip(
+                (by_y, by_x, by_y & by_x), (along_y, along_x, along_both)
+            )
+        )
+        factors_y, factors_x = numpy.where(self.slopes, self.factors, 0)
+        return numpy.stack(
+            [
+                factors_dot * along_y + factors_y * along_both * x_dot,
+                factors_dot * along_x + factors_x * along_both * y_dot,
+                along_y * y_dot + along_x * x_dot,
+            ]
+        )
 
 
 def _largest(array) -> int:

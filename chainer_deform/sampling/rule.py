@@ -54,3 +54,23 @@ def point_limit(largest_grid: int, size: int, dtype):
     """
     # The next larger number, as the conversion may round down.
     return numpy.nextafter(dtype.type(size + 2 + largest_grid), dtype.type(numpy.inf))
+
+
+def sample(corners, row_weights, col_weights):
+    """A bilinear sample, and its derivatives by row, by column and by both.
+
+    Args:
+        corners: Top left, top right, bottom left and bottom right.
+        row_weights: Weights of top and bottom.
+        col_weights: Weights of left and right.
+
+    """
+    tl, tr, bl, br = corners
+    top, bottom = row_weights
+    left, right = col_weights
+    return (
+        top * (left * tl + right * tr) + bottom * (left * bl + right * br),
+        left * (bl - tl) + right * (br - tr),
+        top * (tr - tl) + bottom * (br - bl),
+        tl - tr - bl + br,
+    )

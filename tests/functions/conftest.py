@@ -1,8 +1,10 @@
 import importlib
+import tracemalloc
 
+import numpy
 import pytest
 
-from chainer_deform.sampling import compiler
+from chainer_deform.sampling import compiler, cpu
 
 
 @pytest.fixture(autouse=True, params=['scipy', 'numba'])
@@ -13,3 +15,35 @@ def loops(request, monkeypatch):
     module = importlib.import_module(f'chainer_deform.sampling.cpu_{request.param}')
     monkeypatch.setattr(compiler, 'loops', lambda: module)
     return module
+
+
+@pytest.fixture
+def peak_of():
+    """Measures the bytes that a function takes at most, beside what is there."""
+
+    def peak_of(function):
+        tracemalloc.start()
+        try:
+            function()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    return peak_of
+
+
+@pytest.fixture
+def unclean_memory(monkeypatch):
+    """Lets new arrays hold NaN, as memory that was used before may."""
+    empty = numpy.empty
+
+    def spoilt(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        array.fill(numpy.nan if array.dtype.kind == 'f' else 1)
+        return array
+
+    def spoil():
+        monkeypatch.setattr(numpy, 'empty', spoilt)
+        monkeypatch.setattr(cpu, 'empty', spoilt)
+
+    return spoil

@@ -1,3 +1,4 @@
+import threading
 import time
 import tracemalloc
 
@@ -11,7 +12,14 @@ from chainer.utils.type_check import InvalidType
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.sampling import convolution, cpu
 from tests import reference
-from tests.cases import CASES, WANTED, Case, assert_close
+from tests.cases import (
+    CASES,
+    WANTED,
+    WIDE_CASES,
+    Case,
+    assert_close,
+    infinity_as_nan,
+)
 
 #: MiB that a call may take beside arguments, results and copies of them.
 MEMORY = 40
@@ -33,6 +41,21 @@ def run(arrays, options, gy=None, wanted=None):
     return y.array, {name: variable.grad for name, variable in variables.items()}
 
 
+def check(case, arrays, gy, dtype=None):
+    """Compares the output and all gradients with the oracle's."""
+    y, gradients = run(arrays, case.options, gy)
+    expected_y, expected = reference.deformable_convolution_2d_sampler(
+        **arrays, **case.options, gy=gy
+    )
+    assert y.dtype == arrays['x'].dtype
+    assert_close(y, expected_y, 'y')
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == arrays[name].dtype, name
+        assert_close(gradient, expected[name], name, dtype)
+    return y, gradients
+
+
 class TestAgainstOracle:
     @every_case
     @pytest.mark.parametrize(
@@ -47,19 +70,36 @@ class TestAgainstOracle:
         ],
     )
     def test_output_and_gradients(self, case, dtype, offset_dtype):
-        arrays, gy = case.arrays(dtype, offset_dtype), case.gy(dtype)
-        y, gradients = run(arrays, case.options, gy)
-        expected_y, expected = reference.deformable_convolution_2d_sampler(
-            **arrays, **case.options, gy=gy
-        )
-        assert y.dtype == dtype
-        assert_close(y, expected_y, 'y')
-        assert gradients.keys() == expected.keys()
-        for name, gradient in gradients.items():
-            assert gradient.dtype == arrays[name].dtype, name
-            # What is computed in float32 is no better for being stored in float64.
-            worst = min(dtype, offset_dtype, key=lambda d: numpy.dtype(d).itemsize)
-            assert_close(gradient, expected[name], name, worst)
+        # What is computed in float32 is no better for being stored in float64.
+        worst = min(dtype, offset_dtype, key=lambda d: numpy.dtype(d).itemsize)
+        check(case, case.arrays(dtype, offset_dtype), case.gy(dtype), worst)
+
+    @pytest.mark.parametrize('case', WIDE_CASES.values(), ids=WIDE_CASES.keys())
+    @pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16'])
+    def test_many_channels(self, case, dtype):
+        """More than a vector has numbers, and no multiple of them."""
+        check(case, case.arrays(dtype), case.gy(dtype))
+
+    @pytest.mark.parametrize(
+        'case',
+        [
+            Case(n=1, c=2, out_c=2, size=(3, 60), ksize=(1, 2)),
+            Case(n=1, c=2, out_c=2, size=(60, 3), ksize=(2, 1)),
+            # A few points with many pixels in between.
+            Case(n=2, c=4, out_c=2, size=(40, 50), stride=(13, 17), offset_groups=2),
+        ],
+        ids=['wide', 'tall', 'sparse'],
+    )
+    @pytest.mark.parametrize('dtype', ['float32', 'float64'])
+    def test_far_offsets(self, case, dtype):
+        """They lead anywhere in the image, and just beyond its sides."""
+        arrays = case.arrays(dtype)
+        view = arrays['offset'].reshape(case.n, case.offset_groups, 2, -1)
+        for axis, size in enumerate(reversed(case.size)):
+            view[:, :, axis] += numpy.random.RandomState(axis).randint(
+                -size, size, view[:, :, axis].shape
+            )
+        check(case, arrays, case.gy(dtype))
 
     @pytest.mark.parametrize('name', ['plain', 'all', '1 x 1 image'])
     def test_finite_differences(self, name):
@@ -82,13 +122,7 @@ class TestAgainstOracle:
         case = CASES['mask']
         arrays, gy = case.arrays('float32'), case.gy('float32')
         arrays['offset'] = numpy.round(arrays['offset'] * 3)
-        y, gradients = run(arrays, case.options, gy)
-        expected_y, expected = reference.deformable_convolution_2d_sampler(
-            **arrays, **case.options, gy=gy
-        )
-        assert_close(y, expected_y, 'y')
-        for name, gradient in gradients.items():
-            assert_close(gradient, expected[name], name)
+        check(case, arrays, gy)
 
 
 class TestKnownAnswers:
@@ -186,14 +220,7 @@ class TestNotFinite:
     case = Case(n=2, c=2, out_c=3, pad=(1, 0), mask=True)
 
     def run(self, arrays):
-        y, gradients = run(arrays, self.case.options, self.case.gy())
-        expected_y, expected = reference.deformable_convolution_2d_sampler(
-            **arrays, **self.case.options, gy=self.case.gy()
-        )
-        assert_close(y, expected_y, 'y')
-        for name, gradient in gradients.items():
-            assert_close(gradient, expected[name], name)
-        return y, gradients
+        return check(self.case, arrays, self.case.gy())
 
     @pytest.mark.parametrize(
         'value',
@@ -221,16 +248,84 @@ class TestNotFinite:
         assert not gradients['mask'][1, :, 2, 3].any()
 
     @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, 3e38, -3e38])
-    def test_infinite_offset_of_a_huge_grid(self, value):
-        """Where float32 does not have all whole numbers any more."""
+    @pytest.mark.parametrize('bits', [26, 29])
+    @pytest.mark.parametrize('axis', ['x', 'y'])
+    def test_infinite_offset_of_a_huge_grid(self, axis, bits, value):
+        """Along one axis, where float32 does not have all whole numbers any more.
+
+        An offset cut off at the grid's size would lead from one end of it to the image.
+        """
+        shape = {'x': (1, 2), 'y': (2, 1)}[axis]
+        offset = numpy.zeros((1, 2, *shape), 'f')
+        offset[:, 'xy'.index(axis)] = value
+        variables = [
+            chainer.Variable(array)
+            for array in (
+                numpy.ones((1, 1, *shape), 'f'), offset, numpy.ones((1, 1, 1, 1), 'f')
+            )
+        ]  # fmt: skip
         y = deformable_convolution_2d_sampler(
-            numpy.ones((1, 1, 3, 1), 'f'),
-            numpy.full((1, 2, 2, 1), value, 'f'),
-            numpy.ones((1, 1, 1, 1), 'f'),
-            stride=(2**27, 1),
-            pad=(2**26, 0),
+            *variables,
+            stride=2 ** (bits + 1),
+            pad=[2**bits * (size - 1) for size in shape],
         )
+        assert y.shape[2:] == shape
         assert not y.array.any()
+        y.grad = numpy.ones_like(y.array)
+        y.backward()
+        for variable in variables:
+            assert not variable.grad.any()
+
+    @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, 1e30, -1e30])
+    @pytest.mark.parametrize('dtype', ['float32', 'float64'])
+    @pytest.mark.parametrize('axis', ['x', 'y'])
+    def test_infinite_offset_along_one_axis(self, axis, dtype, value):
+        """From all places of a grid that reaches far over the image."""
+        case = Case(n=1, c=2, out_c=3, size=(4, 3), pad=(9, 8), dilate=(2, 3))
+        arrays = case.arrays(dtype)
+        arrays['offset'][:, slice(0, 6) if axis == 'x' else slice(6, 12)] = value
+        y, gradients = run(arrays, case.options, case.gy(dtype))
+        bias = arrays['b'].reshape(1, -1, 1, 1)
+        numpy.testing.assert_array_equal(y, numpy.broadcast_to(bias, y.shape))
+        for name in 'x', 'offset', 'W':
+            assert not gradients[name].any()
+
+    @pytest.mark.parametrize(
+        ('v', 'u'),
+        [
+            (numpy.inf, 0.5),
+            (0.5, -numpy.inf),
+            (-3.5, 0.25),
+            (0.25, 7.5),
+            (-1e9, 1e9),
+        ],
+    )
+    @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, numpy.nan])
+    def test_point_outside_passes_nothing(self, v, u, value):
+        """Neither times an infinite mask nor times an infinite gradient."""
+        case, (image, tap, row, col) = self.case, (1, 3, 2, 3)
+        arrays, gy = case.arrays(), case.gy()
+        arrays['offset'][image, tap, row, col] = u
+        arrays['offset'][image, 6 + tap, row, col] = v
+        _, clean = run(arrays, case.options, gy)
+        mask, arrays['mask'] = arrays['mask'], arrays['mask'].copy()
+        arrays['mask'][image, tap, row, col] = value
+        _, gradients = run(arrays, case.options, gy)
+        for name in 'x', 'offset', 'mask':
+            assert_close(gradients[name], clean[name], name)
+
+        arrays['mask'] = mask
+        gy[image, 0, row, col] = value
+        _, gradients = run(arrays, case.options, gy)
+        assert not gradients['offset'][image, [tap, 6 + tap], row, col].any()
+        assert gradients['mask'][image, tap, row, col] == 0
+        _, expected = reference.deformable_convolution_2d_sampler(
+            **arrays, **case.options, gy=gy
+        )
+        for name, gradient in gradients.items():
+            assert_close(
+                infinity_as_nan(gradient), infinity_as_nan(expected[name]), name
+            )
 
     @pytest.mark.parametrize('dtype', ['float16', 'float32'])
     def test_largest_offsets_of_other_dtypes(self, dtype):
@@ -293,6 +388,192 @@ class TestNotFinite:
         y, gradients = run(arrays, case.options, case.gy())
         assert not y.any()
         assert not gradients['offset'].any()
+
+
+class TestPrecision:
+    """The dtype in which something is computed: these sums vanish in a narrower one."""
+
+    @pytest.mark.parametrize('name', ['x', 'W', 'mask', 'b'])
+    def test_wide_argument(self, name):
+        """As exact as float64, though the output is float32."""
+        shapes = {'x': (1, 2, 1, 1), 'W': (1, 2, 1, 1), 'mask': (1, 2, 1, 1), 'b': (1,)}
+        arrays = {name: numpy.ones(shape, 'f') for name, shape in shapes.items()}
+        arrays['offset'] = numpy.zeros((1, 4, 1, 1), 'f')
+        if name == 'b':
+            arrays['b'] = numpy.array([2.0**30 + 1])
+            arrays['W'][...] = numpy.array([0, -(2**30)]).reshape(1, 2, 1, 1)
+        else:
+            arrays[name] = numpy.array([2.0**30 + 1, -(2.0**30)]).reshape(1, 2, 1, 1)
+            arrays['b'][...] = 0
+        y = run(arrays, {'offset_groups': 2})
+        assert y.dtype == arrays['x'].dtype
+        assert y == 1
+
+    def test_wide_offset(self):
+        arrays = {
+            'x': numpy.array([-(2.0**30), 2**30], 'f').reshape(1, 1, 1, 2),
+            'offset': numpy.array([0.5 + 2**-30, 0.0]).reshape(1, 2, 1, 1),
+            'W': numpy.ones((1, 1, 1, 1), 'f'),
+        }
+        y, gradients = run(arrays, {'stride': 2}, numpy.ones((1, 1, 1, 1), 'f'))
+        assert y == 2
+        assert gradients['offset'][0, 0] == 2.0**31
+
+    @pytest.mark.parametrize('name', ['W', 'mask', 'offset', 'x'])
+    def test_gradient_of_a_wide_argument(self, name):
+        """It is as exact, as all that it is made of is computed so."""
+        case = Case(c=4, out_c=2, groups=2, offset_groups=2, mask=True)
+        arrays = case.arrays('float32')
+        arrays[name] = arrays[name].astype('float64')
+        check(case, arrays, case.gy(arrays['x'].dtype))
+
+    def test_wide_gradient_passed_in(self):
+        arrays = {
+            'x': numpy.ones((1, 1, 1, 2), 'f'),
+            'offset': numpy.zeros((1, 2, 1, 2), 'f'),
+            'W': numpy.ones((2, 1, 1, 1), 'f'),
+            'b': numpy.ones(2, 'f'),
+        }
+        variables = {name: chainer.Variable(array) for name, array in arrays.items()}
+        y = deformable_convolution_2d_sampler(**variables)
+        # Both the sum over the outputs and that over the positions are small.
+        numbers = numpy.array([2.0**30 + 1, -(2.0**30)])
+        for gy, names in (
+            (numbers.reshape(1, 2, 1, 1).repeat(2, 3), ('x',)),
+            (numbers.reshape(1, 1, 1, 2).repeat(2, 1), ('W', 'b')),
+        ):
+            found = chainer.grad(
+                [y], [variables[name] for name in names], [chainer.Variable(gy)]
+            )
+            for gradient in found:
+                assert gradient.dtype == numpy.float32
+                assert (gradient.array == 1).all()
+
+    @pytest.mark.parametrize('tile_bytes', [16, None])
+    def test_half_precision_sums(self, tile_bytes, loops, monkeypatch):
+        """They are float32 within a tile and from tile to tile: of 4 positions here.
+
+        All points read one pixel. A float16 of 8192 stays as it is when 4 are added.
+        """
+        if tile_bytes is not None:
+            monkeypatch.setattr(loops, 'TILE_BYTES', tile_bytes)
+        offset = numpy.zeros((1, 2, 40, 40), 'float16')
+        offset[:, 0], offset[:, 1] = -numpy.mgrid[:40, :40][::-1]
+        arrays = {
+            'x': numpy.ones((1, 1, 40, 40), 'float16'),
+            'offset': offset,
+            'W': numpy.ones((1, 1, 1, 1), 'float16'),
+            'b': numpy.zeros(1, 'float16'),
+        }
+        gy = numpy.ones((1, 1, 40, 40), 'float16')
+        gy[..., 0, 0] = 8192
+        _, gradients = run(arrays, {}, gy)
+        for name in 'x', 'W', 'b':
+            assert gradients[name].flat[0] == 8192 + 1600, name
+
+    def test_sum_too_large_for_half_precision(self):
+        """Of a gradient in float16, for a bias in float32."""
+        arrays = Case(n=1, c=1, out_c=1, size=(300, 301), ksize=(1, 1)).arrays('e')
+        arrays['b'] = arrays['b'].astype('f')
+        _, gradients = run(arrays, {}, numpy.ones((1, 1, 300, 301), 'float16'))
+        assert gradients['b'].dtype == numpy.float32
+        assert gradients['b'] == 300 * 301
+
+    def test_products_of_half_precision(self):
+        """The sum of two terms that float16 cannot hold."""
+        arrays = {
+            'x': numpy.full((1, 2, 1, 1), 6e4, 'float16'),
+            'offset': numpy.zeros((1, 2, 1, 1), 'float16'),
+            'W': numpy.array([3, -2], 'float16').reshape(1, 2, 1, 1),
+        }
+        assert run(arrays, {}) == numpy.float16(6e4)
+
+
+class TestThreads:
+    """What several threads do together, each with work of its own."""
+
+    case = Case(n=2, c=4, out_c=3, mask=True)
+
+    @pytest.fixture(autouse=True)
+    def two_threads(self, loops, monkeypatch):
+        monkeypatch.setattr(cpu, 'THREAD_WORK', 1)
+        monkeypatch.setattr(loops, 'thread_count', lambda: 2)
+
+    @pytest.fixture
+    def in_both(self, loops, monkeypatch):
+        """Has a function called at the end of each sampling, in two threads at once."""
+
+        def in_both(function):
+            sample, barrier = loops.sample, threading.Barrier(2)
+
+            def sample_together(*args):
+                sample(*args)
+                barrier.wait(20)
+                function(threading.current_thread() is threading.main_thread(), *args)
+
+            monkeypatch.setattr(loops, 'sample', sample_together)
+
+        return in_both
+
+    def test_exception_reaches_the_caller(self, in_both, monkeypatch):
+        """When the other thread has ended, too."""
+        expected = run(self.case.arrays(), self.case.options)
+        ended = []
+
+        def fail_in_helper(in_main, *args):
+            if not in_main:
+                raise ArithmeticError('broken')
+            time.sleep(0.05)
+            ended.append(args)
+
+        in_both(fail_in_helper)
+        with pytest.raises(ArithmeticError, match='broken'):
+            run(self.case.arrays(), self.case.options)
+        assert len(ended) == 1
+        monkeypatch.undo()
+        assert_close(run(self.case.arrays(), self.case.options), expected, 'y')
+
+    def test_results_are_complete(self, in_both):
+        """A thread that is slower is waited for."""
+        expected = run(self.case.arrays(), self.case.options)
+        in_both(lambda in_main, *_: in_main or time.sleep(0.2))
+        y = run(self.case.arrays(), self.case.options).copy()
+        numpy.testing.assert_array_equal(y, expected)
+
+    def test_numbers_too_large_pass_silently(self, in_both):
+        """In the thread of the caller and in another."""
+        silent = []
+
+        def overflow(in_main, *_):
+            silent.append(in_main)
+            assert numpy.isnan(numpy.float32(3e38) * 10 - numpy.float32(numpy.inf) + 0)
+            numpy.full(1, 1e5).astype('float16')
+
+        in_both(overflow)
+        arrays = self.case.arrays('float16')
+        arrays['x'][...] = arrays['W'][...] = 6e4
+        with numpy.errstate(all='raise'):
+            y = run(arrays, self.case.options)
+            with pytest.raises(FloatingPointError):
+                numpy.full(1, 1e5).astype('float16')
+        assert numpy.isinf(y).any()
+        assert sorted(silent) == [False, True]
+
+    def test_deterministic_with_many_channels(self, loops, monkeypatch):
+        """Each thread has channels of its own, and sums of its own for the offsets."""
+        if loops.__name__.endswith('scipy'):
+            pytest.skip('SciPy has one thread')
+        case = Case(n=1, c=64, out_c=3, size=(40, 30), pad=(1, 0), mask=True)
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        first, *others = (run(arrays, case.options, gy) for _ in range(4))
+        for other in others:
+            for name, gradient in first[1].items():
+                numpy.testing.assert_array_equal(gradient, other[1][name], name)
+        monkeypatch.setattr(loops, 'thread_count', lambda: 1)
+        y, gradients = run(arrays, case.options, gy)
+        assert_close(first[0], y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(first[1][name], gradient, name)
 
 
 class TestArrays:
@@ -448,6 +729,70 @@ class TestArrays:
             tracemalloc.stop()
         results = y.array.nbytes + sum(v.grad.nbytes for v in variables.values())
         assert peak < results + copies + (MEMORY << 20)
+
+    def test_large_images(self, peak_of):
+        """Two copies at most, and one in the backward pass, however many there are."""
+        case = Case(n=3, c=64, out_c=1, size=(20, 20), ksize=(1, 1), bias=False)
+        arrays = case.arrays('float32')
+        arrays['x'] = numpy.ones((3, 64, 500, 400), 'f')
+        image = arrays['x'][0].nbytes
+        results = []
+
+        def forward():
+            variables = map(chainer.Variable, arrays.values())
+            y = deformable_convolution_2d_sampler(*variables, stride=(26, 21))
+            results.append(y)
+
+        assert peak_of(forward) < 2 * image + (16 << 20)
+        (y,) = results
+        y.grad = numpy.ones_like(y.array)
+        assert peak_of(y.backward) < 3 * image + image + (16 << 20)
+
+    @pytest.mark.parametrize(
+        'case',
+        [
+            Case(n=1, c=64, out_c=1, size=(110, 100), ksize=(3, 3), bias=False),
+            Case(n=1, c=1, out_c=576, size=(110, 100), ksize=(1, 1), bias=False),
+        ],
+        ids=['columns', 'outputs'],
+    )
+    def test_columns_keep_to_their_budget(self, case, loops, peak_of, monkeypatch):
+        """All of them or of the outputs would take 24 MiB."""
+        monkeypatch.setenv('OMP_NUM_THREADS', '1')
+        monkeypatch.setattr(loops, 'TILE_BYTES', 1 << 20)
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        run(arrays, case.options, gy)
+        forward = peak_of(lambda: convolution.forward(cpu, case.geometry, **arrays))
+        known = case.gy('float32').nbytes + arrays['x'].nbytes
+        assert forward < known + (5 << 20)
+
+        def backward():
+            convolution.backward(cpu, case.geometry, list(arrays), gy, **arrays)
+
+        results = sum(array.nbytes for array in arrays.values())
+        assert peak_of(backward) < results + arrays['x'].nbytes + (6 << 20)
+
+    def test_points_of_many_groups_keep_to_their_budget(self, peak_of):
+        """For each point about 200 bytes are known, and here are 1.2 million."""
+        case = Case(
+            n=1, c=64, out_c=1, size=(46, 47), ksize=(3, 3), offset_groups=64,
+            bias=False,
+        )  # fmt: skip
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+
+        def both():
+            convolution.forward(cpu, case.geometry, **arrays)
+            convolution.backward(cpu, case.geometry, ['x', 'offset'], gy, **arrays)
+
+        results = arrays['x'].nbytes + arrays['offset'].nbytes
+        assert peak_of(both) < results + arrays['x'].nbytes + (MEMORY << 20)
+
+    @pytest.mark.parametrize('name', ['plain', 'all', 'depthwise', 'no bias'])
+    def test_unclean_memory(self, name, unclean_memory):
+        """What is not written must not be read."""
+        case = CASES[name]
+        unclean_memory()
+        check(case, case.arrays('float32'), case.gy('float32'))
 
     def test_far_points_take_as_long(self, monkeypatch):
         """But for the cache: what is done for a tap does not depend on where it is."""
@@ -607,6 +952,12 @@ class TestErrors:
             ('pad', (0, None), TypeError, 'pad must be .* not None'),
             ('dilate', 0, ValueError, 'dilate must be at least 1, not 0'),
             ('dilate', (2, -1), ValueError, 'dilate must be at least 1, not -1'),
+            *(
+                (name, value, ValueError, f'{name} must be at most 2147483647, not')
+                for name in ('stride', 'pad', 'dilate', 'groups', 'offset_groups')
+                for value in (2**31, 2**63, 2**64)
+            ),
+            ('dilate', (1, 2**63), ValueError, 'dilate must be at most 2147483647'),
             ('groups', 0, ValueError, 'groups must be at least 1, not 0'),
             ('groups', (1, 1), TypeError, r'groups must be an int, not \(1, 1\)'),
             (
@@ -629,6 +980,41 @@ class TestErrors:
         options = {**self.case.options, option: value}
         with pytest.raises(error, match='^' + message):
             deformable_convolution_2d_sampler(**self.case.arrays(), **options)
+
+    def test_largest_options(self):
+        """No product of them overflows, and only the point in the middle is inside."""
+        most = 2**31 - 1
+        arrays = Case(n=1, c=1, out_c=1, ksize=(1, 1), bias=False).arrays()
+        options = {'stride': most, 'pad': most, 'dilate': most}
+        arrays['offset'] = numpy.zeros((1, 2, 3, 3))
+        y, gradients = run(arrays, options, numpy.ones((1, 1, 3, 3)))
+        expected = numpy.zeros((3, 3))
+        expected[1, 1] = arrays['W'][0, 0, 0, 0] * arrays['x'][0, 0, 0, 0]
+        numpy.testing.assert_array_equal(y[0, 0], expected)
+        assert gradients['x'][0, 0, 0, 0] == arrays['W'][0, 0, 0, 0]
+        assert gradients['x'].astype(bool).sum() == 1
+
+    def test_largest_dilation(self):
+        """Taps so far apart that the first and the last are at the padding's ends."""
+        most = 2**31 - 1
+        arrays = {
+            'x': numpy.ones((1, 1, 1, 1)),
+            'offset': numpy.zeros((1, 6, 1, 1)),
+            'W': numpy.array([1.0, 2, 4]).reshape(1, 1, 1, 3),
+        }
+        y = run(arrays, {'pad': (0, most), 'dilate': (1, most)})
+        assert y == 2
+
+    @pytest.mark.parametrize('dtype', ['int64', 'complex128', 'bool'])
+    def test_dtype_of_the_gradient_passed_in(self, dtype):
+        """Which Chainer does not check."""
+        x = chainer.Variable(self.case.arrays()['x'])
+        y = deformable_convolution_2d_sampler(
+            **{**self.case.arrays(), 'x': x}, **self.case.options
+        )
+        gy = chainer.Variable(numpy.ones(y.shape, dtype))
+        with pytest.raises(InvalidType, match='gradient of y .*a float dtype'):
+            chainer.grad([y], [x], [gy])
 
     def test_numpy_integers_are_ints(self):
         case = Case(stride=(2, 1))

@@ -132,9 +132,39 @@ def test_oracles_answer_of_a_sum(case, dtype, seed, values):
     sums.check_first_order(arrays, case.options, gy)
 
 
+def errors_of(case):
+    """How the messages may begin that say what is wrong with a case."""
+    minima = {'stride': 1, 'pad': 0, 'dilate': 1, 'groups': 1, 'offset_groups': 1}
+    errors = [
+        f'{name} must be at least {minimum}, not {value!r}'
+        for name, minimum in minima.items()
+        for value in numpy.ravel(case.options[name]).tolist()
+        if value < minimum
+    ]
+    if errors:
+        return errors
+    # The filter has c // groups channels for each group.
+    c = case.c // case.groups * case.groups
+    for name, count, what, channels in (
+        ('groups', case.groups, 'output', case.out_c),
+        ('offset_groups', case.offset_groups, 'input', c),
+    ):
+        if channels % count:
+            errors.append(
+                f'{name} must divide the number of {what} channels, '
+                f'but {name} is {count} and there are {channels}'
+            )
+    if errors:
+        return errors
+    if min(case.size) < 1 or c != case.c:
+        return [f'Expect: x.shape == (n, {c}, h, w) with h, w >= 1']
+    return ['Expect: x.shape[2:] + 2 * pad >= dilate * (W.shape[2:] - 1) + 1']
+
+
 @settings
 @hypothesis.given(case=cases(0).filter(lambda case: not is_valid(case)))
 def test_documented_error(case):
+    """It names an option or array that is wrong, and its value."""
     arrays = Case(size=(9, 9), bias=case.bias).arrays()
     arrays['x'] = numpy.zeros((case.n, case.c, *case.size))
     arrays['W'] = numpy.zeros(
@@ -142,4 +172,9 @@ def test_documented_error(case):
     )
     with pytest.raises((ValueError, type_check.InvalidType)) as raised:
         run(arrays, case.options)
-    assert any(name in str(raised.value) for name in (*arrays, *case.options))
+    message = str(raised.value).strip()
+    assert any(error in message for error in errors_of(case))
+    if 'Expect' in message:
+        assert f'x.shape == {arrays["x"].shape}' in message.partition('Actual')[2]
+    else:
+        assert message.startswith(tuple(errors_of(case)))

@@ -14,7 +14,7 @@ from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
 from chainer_deform.sampling import convolution, cpu
 from tests import reference
-from tests.cases import CASES, Case, assert_close
+from tests.cases import CASES, WIDE_CASES, Case, assert_close, infinity_as_nan
 
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
@@ -41,9 +41,12 @@ def second_order(arrays, options, gy, gg, wanted=None):
         [variables['gy']],
         enable_double_backprop=True,
     )
-    products = [F.sum(F.cast(g * a, 'float64')) for g, a in zip(gradients, gg.values())]
     names = list(variables) if wanted is None else wanted
-    found = chainer.grad([sum(products)], [variables[name] for name in names])
+    found = chainer.grad(
+        gradients,
+        [variables[name] for name in names],
+        [chainer.Variable(array) for array in gg.values()],
+    )
     return {name: None if g is None else g.array for name, g in zip(names, found)}
 
 
@@ -78,6 +81,59 @@ class TestAgainstOracle:
         # Products of numbers that were rounded before: the gradients themselves.
         gg = {name: array / 4 for name, array in random_gg(arrays).items()}
         check(case, arrays, case.gy(dtype), gg, worst)
+
+    @pytest.mark.parametrize('case', WIDE_CASES.values(), ids=WIDE_CASES.keys())
+    @pytest.mark.parametrize('dtype', ['float64', 'float32', 'float16'])
+    def test_many_channels(self, case, dtype):
+        """More than a vector has numbers, and no multiple of them."""
+        arrays = case.arrays(dtype)
+        gg = {name: array / 8 for name, array in random_gg(arrays).items()}
+        check(case, arrays, case.gy(dtype), gg)
+
+    @pytest.mark.parametrize('name', ['x', 'W', 'b'])
+    def test_wide_second_gradient_passed_in(self, name):
+        """It is computed in float64 then: these sums vanish in float32."""
+        arrays = {
+            'x': numpy.ones((1, 2, 1, 1), 'f'),
+            'offset': numpy.zeros((1, 2, 1, 1), 'f'),
+            'W': numpy.ones((1, 2, 1, 1), 'f'),
+            'b': numpy.zeros(1, 'f'),
+        }
+        variables = {name: chainer.Variable(array) for name, array in arrays.items()}
+        y = deformable_convolution_2d_sampler(**variables)
+        gy = chainer.Variable(numpy.ones((1, 1, 1, 1), 'f'))
+        wide = numpy.array([2.0**30 + 1, -(2.0**30)]).reshape(1, 2, 1, 1)
+        gg = {name: wide}
+        if name == 'b':
+            gg = {'b': wide[0, 0, 0], 'W': numpy.array([[[[-(2.0**30)]], [[0]]]])}
+        gradients = chainer.grad(
+            [y], [variables[name] for name in gg], [gy], enable_double_backprop=True
+        )
+        gg = [chainer.Variable(array) for array in gg.values()]
+        (ggy,) = chainer.grad(gradients, [gy], gg)
+        assert ggy.dtype == gy.dtype
+        assert ggy.array == 1
+
+    def test_wide_second_gradient_of_the_first_ones(self):
+        """The gradient of x is that of a sum over the outputs, which is small."""
+        arrays = {
+            'x': numpy.ones((1, 1, 1, 1), 'f'),
+            'offset': numpy.zeros((1, 2, 1, 1), 'f'),
+            'W': numpy.ones((2, 1, 1, 1), 'f'),
+        }
+        variables = {name: chainer.Variable(array) for name, array in arrays.items()}
+        y = deformable_convolution_2d_sampler(**variables)
+        gy = chainer.Variable(numpy.ones((1, 2, 1, 1), 'f'))
+        (gW,) = chainer.grad([y], [variables['W']], [gy], enable_double_backprop=True)
+        wide = numpy.array([2.0**30 + 1, -(2.0**30)]).reshape(2, 1, 1, 1)
+        (gx,) = chainer.grad([gW], [variables['x']], [chainer.Variable(wide)])
+        assert gx.dtype == numpy.float32
+        assert gx.array == 1
+
+    def test_wide_gradient_has_a_wide_gradient(self):
+        case = CASES['mask']
+        arrays = case.arrays('float32')
+        check(case, arrays, case.gy('float64'), random_gg(arrays))
 
     @pytest.mark.parametrize('name', ['all', 'depthwise', 'no bias'])
     @pytest.mark.parametrize('given', ['x', 'offset', 'mask', 'W', 'b'])
@@ -125,6 +181,55 @@ class TestAgainstOracle:
             flat[random.randint(flat.size, size=2)] = value
         check(case, arrays, gy, random_gg(arrays))
 
+    @pytest.mark.parametrize(
+        ('v', 'u'),
+        [
+            (numpy.inf, 0.5),
+            (0.5, -numpy.inf),
+            (-3.5, 0.25),
+            (0.25, 7.5),
+            (-1e9, 1e9),
+        ],
+    )
+    @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, numpy.nan])
+    def test_point_outside_passes_nothing(self, v, u, value):
+        """Neither times a mask or gradient, nor where it would move to."""
+        case = Case(n=2, c=2, out_c=3, pad=(1, 0), mask=True)
+        image, tap, row, col = 1, 3, 2, 3
+        arrays, gy, gg = case.arrays(), case.gy(), random_gg(case.arrays())
+        arrays['offset'][image, tap, row, col] = u
+        arrays['offset'][image, 6 + tap, row, col] = v
+        clean = second_order(arrays, case.options, gy, gg)
+
+        def outside(gradients):
+            coordinates = gradients['offset'][image, [tap, 6 + tap], row, col]
+            return [*coordinates, gradients['mask'][image, tap, row, col]]
+
+        spoilt = {**arrays, 'mask': arrays['mask'].copy()}
+        spoilt['mask'][image, tap, row, col] = value
+        found = second_order(spoilt, case.options, gy, gg)
+        assert outside(found) == [0, 0, 0]
+        for name in 'x', 'offset', 'mask':
+            assert_close(found[name], clean[name], name)
+
+        spoilt_gy = gy.copy()
+        spoilt_gy[image, 0, row, col] = value
+        found = second_order(arrays, case.options, spoilt_gy, gg)
+        assert outside(found) == [0, 0, 0]
+        expected = reference.deformable_convolution_2d_sampler_second_order(
+            **arrays, **case.options, gy=spoilt_gy, gg=gg
+        )
+        for name in 'gy', 'x', 'offset', 'mask', 'W':
+            assert_close(
+                infinity_as_nan(found[name]), infinity_as_nan(expected[name]), name
+            )
+
+        gg['offset'][image, [tap, 6 + tap], row, col] = value
+        gg['mask'][image, tap, row, col] = value
+        found = second_order(arrays, case.options, gy, gg)
+        for name in 'gy', 'x', 'offset', 'mask', 'W':
+            assert_close(found[name], clean[name], name)
+
     def test_points_on_lattice_lines(self):
         case = CASES['mask']
         arrays, gy = case.arrays(), case.gy()
@@ -145,6 +250,74 @@ class TestArrays:
         found = second_order(arrays, case.options, gy, gg)
         for name in {'gy', *arrays} - {'b'}:
             assert_close(found[name], expected[name], name)
+
+    @pytest.mark.parametrize('name', ['plain', 'all', 'depthwise'])
+    @pytest.mark.parametrize('given', [('x', 'offset', 'W'), ('W',), ('offset',)])
+    def test_unclean_memory(self, name, given, unclean_memory):
+        """What is not written must not be read."""
+        case = CASES[name]
+        arrays, gy = case.arrays(), case.gy()
+        gg = {name: random_gg(arrays)[name] for name in given}
+        expected = second_order(arrays, case.options, gy, gg)
+        unclean_memory()
+        found = second_order(arrays, case.options, gy, gg)
+        for name, array in found.items():
+            if array is not None:
+                assert_close(array, expected[name], name)
+
+    def test_large_images(self, peak_of):
+        """Beside the results two copies of one image, though three are looked at."""
+        case = Case(n=2, c=64, out_c=1, size=(20, 20), ksize=(1, 1), stride=(26, 21))
+        arrays = case.arrays('float32')
+        arrays['x'] = numpy.ones((2, 64, 500, 400), 'f')
+        gg = {**random_gg(case.arrays('float32')), 'x': arrays['x']}
+        image = arrays['x'][0].nbytes
+
+        def compute():
+            convolution.double_backward(
+                cpu, case.geometry, ['x', 'offset', 'W'], gg, case.gy('f'), **arrays
+            )
+
+        assert peak_of(compute) < 2 * image + 2 * image + (16 << 20)
+
+    @pytest.mark.parametrize('wanted', [['gy'], ['x', 'offset', 'mask', 'W']])
+    @pytest.mark.parametrize('threads', [1, 16])
+    def test_memory_is_bounded(self, threads, wanted, peak_of, monkeypatch):
+        """Of many tiles, with any number of threads: all columns would take 81 MiB."""
+        monkeypatch.setenv('OMP_NUM_THREADS', str(threads))
+        case = Case(
+            n=2, c=64, out_c=16, size=(152, 145), ksize=(3, 3), groups=2, mask=True
+        )
+        arrays, gy, gg = case.arrays('f'), case.gy('f'), random_gg(case.arrays('f'))
+
+        def compute():
+            found.append(
+                convolution.double_backward(
+                    cpu, case.geometry, wanted, gg, gy, **arrays
+                )
+            )
+
+        found = []
+        peak = peak_of(compute)
+        results = sum(array.nbytes for array in found[0].values())
+        assert peak < results + 3 * arrays['x'][0].nbytes + (40 << 20)
+
+    @pytest.mark.parametrize('wanted', ['gy', 'W'])
+    def test_columns_keep_to_their_budget(self, wanted, loops, peak_of, monkeypatch):
+        """There are two of them at a time, which move and which stand."""
+        monkeypatch.setenv('OMP_NUM_THREADS', '1')
+        monkeypatch.setattr(loops, 'TILE_BYTES', 16 << 20)
+        case = Case(n=1, c=64, out_c=1, size=(98, 91), ksize=(3, 3), bias=False)
+        arrays, gy, gg = case.arrays('f'), case.gy('f'), random_gg(case.arrays('f'))
+
+        def compute():
+            convolution.double_backward(
+                cpu, case.geometry, [wanted, 'x'], gg, gy, **arrays
+            )
+
+        compute()
+        known = 4 * arrays['x'].nbytes
+        assert peak_of(compute) < known + ((16 + 8) << 20)
 
     def test_threads_do_not_matter(self, monkeypatch):
         case = CASES['all']
@@ -219,6 +392,16 @@ class TestGraph:
             )
             with pytest.raises(InvalidType, match=match):
                 chainer.grad([y], [x], [gy])
+
+    @pytest.mark.parametrize('dtype', ['int64', 'complex64'])
+    def test_dtype_of_the_second_gradient_passed_in(self, dtype):
+        arrays = CASES['plain'].arrays()
+        x, W = (chainer.Variable(arrays[name]) for name in ('x', 'W'))
+        y = deformable_convolution_2d_sampler(x, arrays['offset'], W)
+        (gx,) = chainer.grad([y], [x], enable_double_backprop=True)
+        ggx = chainer.Variable(numpy.ones(x.shape, dtype))
+        with pytest.raises(InvalidType, match='gradient of the gradient of x .* float'):
+            chainer.grad([gx], [W], [ggx])
 
     @pytest.mark.parametrize('shape', [(1, 3, 5, 7), (2, 3, 5, 8), (2, 3, 1, 1)])
     def test_shape_of_the_second_gradient_passed_in(self, shape):

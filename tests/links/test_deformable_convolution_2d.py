@@ -102,6 +102,12 @@ class TestLikeChainersOwn:
                 'deform_initial_bias': 1,
             },
             {'deform_initialW': numpy.arange(4 * 6 * 9, dtype='f').reshape(4, 6, 3, 3)},
+            {
+                'offset_initialW': numpy.arange(18 * 6 * 9, dtype='f').reshape(
+                    18, 6, 3, 3
+                ),
+                'deform_initial_bias': numpy.arange(4, dtype='f'),
+            },
         ],
     )
     def test_initialisers(self, initializers):
@@ -233,11 +239,34 @@ class TestLink:
             F.sum(layer(x)).backward()
             assert all(param.grad is not None for param in layer.params())
 
-    def test_moves_between_devices(self):
-        layer = make_layer()
-        expected = layer(x).array
+    @pytest.mark.parametrize('in_channels', [6, None])
+    def test_moves_between_devices(self, in_channels):
+        """To a stand-in for a device, where every array is of another class."""
+
+        class There(numpy.ndarray):
+            pass
+
+        class Device(chainer.backend.CpuDevice):
+            def send(self, arrays):
+                return arrays.copy().view(There)
+
+        layer, device = make_layer(in_channels), Device()
+        if in_channels:
+            expected = layer(x).array
+        layer.to_device(device)
+        assert {link.device for link in layer.links()} == {device}
+        if not in_channels:
+            layer(x)  # initialises the parameters, on the device
+        else:
+            for name, array in arrays_of(layer).items():
+                assert isinstance(array, There), name
+            numpy.testing.assert_array_equal(layer(x).array, expected)
+        for sent in layer.offset_conv, layer.deform_conv:
+            assert all(param.device is device for param in sent.params())
         layer.to_device('@numpy')
-        numpy.testing.assert_array_equal(layer(x).array, expected)
+        for name, array in arrays_of(layer).items():
+            assert array.dtype == numpy.float32, name
+        assert {link.device.name for link in layer.links()} == {'@numpy'}
 
     def test_half_precision(self):
         with chainer.using_config('dtype', numpy.float16):

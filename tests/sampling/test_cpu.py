@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -55,7 +56,8 @@ def test_other_cpus(cpu_name, tmp_path):
     code = """
 from tests.cases import CASES, Case, assert_close
 from tests import reference
-for case in CASES['all'], CASES['depthwise'], Case(c=5, out_c=35, pad=(1, 0)):
+wide = Case(n=1, c=20, out_c=35, size=(4, 3), pad=(1, 0))
+for case in CASES['all'], CASES['depthwise'], wide:
     for dtype in 'float32', 'float64':
         arrays, gy = case.arrays(dtype), case.gy(dtype)
         y = convolution.forward(cpu, case.geometry, **arrays)
@@ -132,6 +134,86 @@ def test_threads_after_a_fork(monkeypatch):
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+def test_threads_that_cannot_be_started():
+    """All is computed once, and nothing is left for threads that can be had later."""
+    pytest.importorskip('numba', exc_type=ImportError)
+    code = """
+import threading, time
+cpu.THREAD_WORK = 1
+x = numpy.ones((4, 2, 15, 14), 'f')
+arguments = x, numpy.zeros((4, 18, 13, 12), 'f'), numpy.ones((3, 2, 3, 3), 'f')
+start = threading.Thread.start
+def fail(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = fail
+results = [deformable_convolution_2d_sampler(*arguments).array for _ in range(3)]
+for y in results:
+    assert (y == 18).all()
+    y[...] = 0
+threading.Thread.start = start
+assert (deformable_convolution_2d_sampler(*arguments).array == 18).all()
+time.sleep(0.1)
+assert not any(y.any() for y in results)
+"""
+    name = run_program(code, CHAINER_DEFORM_NUMBA='1', OMP_NUM_THREADS='2')
+    assert name == 'cpu_numba'
+
+
+class TestOtherThreads:
+    """Numba's loops let them go on: a thread counts meanwhile."""
+
+    def ticks_during(self, function, *args):
+        """Counts once a millisecond for as long as the function takes."""
+        stop, times = threading.Event(), []
+
+        def count():
+            while not stop.wait(0.001):
+                times.append(time.perf_counter())
+
+        counter = threading.Thread(target=count)
+        counter.start()
+        try:
+            begin = time.perf_counter()
+            function(*args)
+            end = time.perf_counter()
+        finally:
+            stop.set()
+            counter.join()
+        return sum(begin < t < end for t in times)
+
+    @pytest.mark.parametrize('name', ['sample', 'scatter', 'dot', 'add_product'])
+    def test_go_on(self, name):
+        loops = pytest.importorskip(
+            'chainer_deform.sampling.cpu_numba', exc_type=ImportError
+        )
+        count, channels = 1, 2048
+        while True:
+            image = numpy.ones((2, channels), 'f')
+            pixels = numpy.ones((4, 1, 1, count), 'i')
+            weights, scale = (
+                numpy.ones((4, 1, 1, count), 'f'),
+                numpy.ones((1, 1, count), 'f'),
+            )
+            columns = numpy.ones((count, 1, channels), 'f')
+            square = numpy.ones((1, channels, channels), 'f')
+            arguments = {
+                'sample': (image, pixels, weights, scale, 0, columns, False),
+                'scatter': (image, pixels, weights, scale, 0, columns),
+                'dot': (image, pixels, 0, columns, weights.copy()),
+                'add_product': (
+                    columns[:, 0][None],
+                    square,
+                    columns[:, 0][None].copy(),
+                ),
+            }[name]
+            start = time.perf_counter()
+            ticks = self.ticks_during(getattr(loops, name), *arguments)
+            if time.perf_counter() - start > 0.06:
+                break
+            count *= 4
+        assert ticks >= 3
+
+
 class TestThreadCount:
     """As many threads as there are and the work is worth, of Numba's loops."""
 
@@ -163,6 +245,18 @@ class TestThreadCount:
                 assert columns * max(tiles, parts) <= cpu.COLUMN_BYTES
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_batches_keep_to_their_budget(dtype):
+    """As many images as there is memory for, and one if it is larger."""
+    dtypes = 2 * (numpy.dtype(dtype),)
+    for numbers in 1, 1000, 10**6, 10**9:
+        count = cpu.batch_images(numbers, dtypes)
+        image = numbers * dtypes[0].itemsize
+        assert count >= 1
+        assert count * image <= max(cpu.BATCH_BYTES, image)
+        assert (count + 1) * image > cpu.BATCH_BYTES
+
+
 @pytest.mark.parametrize('side', ['h', 'w'])
 def test_indices_beyond_32_bits(side):
     """An array made by ``broadcast_to`` takes no memory, whatever its size."""
@@ -173,7 +267,7 @@ def test_indices_beyond_32_bits(side):
     point[..., 'hw'.index(side)] = 2.0**31 - 1.5
     points = Given((1, 1, 1), slice(0, 1), numpy.array([2]), 0, 'zero')
     corners = Corners(
-        points, point, None, size, numpy.dtype('float64'), compiler.loops().locate
+        points, point, None, size, numpy.dtype('float64'), compiler.loops()
     )
     # The pixel that is before it, and the next one.
     first = 1 + 3 * 2**31 - 2
