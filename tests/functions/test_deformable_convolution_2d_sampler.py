@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 import tracemalloc
@@ -101,6 +102,16 @@ class TestAgainstOracle:
             )
         check(case, arrays, case.gy(dtype))
 
+    def test_offsets_that_lead_back_from_the_padding(self):
+        """From the only place of the grid, which is far outside the image."""
+        case = Case(
+            n=2, c=2, out_c=3, size=(4, 5), ksize=(1, 1), pad=(9, 8), stride=(30, 30)
+        )
+        arrays = case.arrays()
+        arrays['offset'] += numpy.array([10, 11]).reshape(1, 2, 1, 1)
+        y, gradients = check(case, arrays, case.gy())
+        assert gradients['offset'].all()
+
     @pytest.mark.parametrize('name', ['plain', 'all', '1 x 1 image'])
     def test_finite_differences(self, name):
         case = CASES[name]
@@ -142,6 +153,20 @@ class TestKnownAnswers:
             groups=case.groups,
         ).array
         assert_close(run(arrays, case.options), expected, 'y')
+
+    def test_a_tile_of_many_positions(self):
+        """No multiple of what a loop may do at a time."""
+        case = Case(n=1, c=2, out_c=3, size=(43, 53), pad=(1, 0))
+        arrays, gy = case.arrays(), case.gy()
+        arrays['offset'][...] = 0
+        y, gradients = run(arrays, case.options, gy)
+        x, W, b = (chainer.Variable(arrays[name]) for name in ('x', 'W', 'b'))
+        expected = F.convolution_2d(x, W, b, pad=case.pad)
+        expected.grad = gy
+        expected.backward()
+        assert_close(y, expected.array, 'y')
+        for name, variable in ('x', x), ('W', W), ('b', b):
+            assert_close(gradients[name], variable.grad, name)
 
     @pytest.mark.parametrize(('shift_y', 'shift_x'), [(1, 0), (0, -2), (-3, 2)])
     def test_whole_offsets_shift_the_image(self, shift_y, shift_x):
@@ -559,11 +584,47 @@ class TestThreads:
         assert numpy.isinf(y).any()
         assert sorted(silent) == [False, True]
 
+    @pytest.mark.parametrize('options', [{}, {'groups': 2, 'offset_groups': 4}])
+    @pytest.mark.parametrize('n', [8, 9])
+    @pytest.mark.parametrize('batch', [2, 5, 9])
+    def test_images_of_its_own(self, n, batch, options, loops, monkeypatch):
+        """In batches, the last of which may have fewer images than others."""
+        if loops.__name__.endswith('scipy'):
+            pytest.skip('SciPy has one thread')
+        case = Case(n=n, c=8, out_c=6, size=(6, 5), pad=(1, 0), mask=True, **options)
+        arrays, gy = case.arrays(), case.gy()
+        monkeypatch.setattr(cpu, 'BATCH_BYTES', batch * arrays['x'][0].nbytes)
+        monkeypatch.setattr(loops, 'TILE_BYTES', 10_000)
+        y, gradients = run(arrays, case.options, gy)
+        monkeypatch.setattr(loops, 'thread_count', lambda: 1)
+        expected_y, expected = run(arrays, case.options, gy)
+        assert_close(y, expected_y, 'y')
+        for name, gradient in gradients.items():
+            assert_close(gradient, expected[name], name)
+
+    def test_products_of_its_own(self, loops, monkeypatch):
+        """Threads that share a tile add to different numbers."""
+        if loops.__name__.endswith('scipy'):
+            pytest.skip('SciPy has one thread')
+        dot, products = loops.dot, {}
+
+        def record(*args):
+            products.setdefault(args[2], []).append(args[-1])
+            dot(*args)
+
+        monkeypatch.setattr(loops, 'dot', record)
+        case = Case(n=1, c=32, mask=True)
+        run(case.arrays(), case.options, case.gy())
+        assert products.keys() == {0, 16}
+        for first, second in itertools.product(products[0], products[16]):
+            assert not numpy.shares_memory(first, second)
+
     def test_deterministic_with_many_channels(self, loops, monkeypatch):
         """Each thread has channels of its own, and sums of its own for the offsets."""
         if loops.__name__.endswith('scipy'):
             pytest.skip('SciPy has one thread')
-        case = Case(n=1, c=64, out_c=3, size=(40, 30), pad=(1, 0), mask=True)
+        monkeypatch.setattr(loops, 'thread_count', lambda: 3)
+        case = Case(n=1, c=48, out_c=3, size=(40, 30), pad=(1, 0), mask=True)
         arrays, gy = case.arrays('float32'), case.gy('float32')
         first, *others = (run(arrays, case.options, gy) for _ in range(4))
         for other in others:
@@ -667,13 +728,24 @@ class TestArrays:
             for name, array in arrays.items()
         }
         fortran = {name: numpy.asfortranarray(array) for name, array in arrays.items()}
-        for other in strided, fortran:
-            other_y, other_gradients = run(
-                other, case.options, numpy.asfortranarray(gy)
-            )
+        for other, other_gy in (
+            (strided, numpy.repeat(gy, 2, axis=-1)[..., ::2]),
+            (fortran, numpy.asfortranarray(gy)),
+        ):
+            other_y, other_gradients = run(other, case.options, other_gy)
             assert_close(other_y, y, 'y')
             for name, gradient in other_gradients.items():
                 assert_close(gradient, gradients[name], name)
+
+    @pytest.mark.parametrize('name', ['plain', 'all', 'depthwise'])
+    def test_gradient_without_memory_of_its_own(self, name):
+        """As that of a sum is: one number, which all places share."""
+        case = CASES[name]
+        arrays, ones = case.arrays(), numpy.ones_like(case.gy())
+        _, expected = run(arrays, case.options, ones)
+        _, gradients = run(arrays, case.options, numpy.broadcast_to(1.0, ones.shape))
+        for name, gradient in gradients.items():
+            numpy.testing.assert_array_equal(gradient, expected[name], name)
 
     def test_arrays_and_variables(self):
         case = CASES['mask']
@@ -693,6 +765,7 @@ class TestArrays:
             Case(n=1, c=1, out_c=256, size=(200, 300), ksize=(1, 1), bias=False),
             Case(n=1, c=4, out_c=4, size=(1, 300_000), ksize=(1, 3)),
             Case(n=1, c=256, out_c=256, size=(14, 13), ksize=(3, 3), pad=(1, 1)),
+            Case(n=16, c=256, out_c=256, size=(4, 3), ksize=(3, 3), pad=(1, 1)),
         ],
         ids=[
             'channels',
@@ -702,10 +775,10 @@ class TestArrays:
             'filters',
             'one row',
             'filter',
+            'filter, images',
         ],
     )
-    @pytest.mark.parametrize('far', [False, True])
-    @pytest.mark.parametrize('threads', [1, 2, 16])
+    @pytest.mark.parametrize(('threads', 'far'), [(1, False), (2, True), (16, False)])
     def test_memory_is_bounded(self, case, threads, far, monkeypatch):
         """A copy of an image and a constant, wherever the points are."""
         monkeypatch.setenv('OMP_NUM_THREADS', str(threads))
@@ -846,6 +919,7 @@ class TestErrors:
             ),
             ('x', (6, 5, 7), r'x\.shape == \(n, 6, h, w\).*x\.shape == \(6, 5, 7\)'),
             ('x', (2, 6, 0, 7), r'h, w >= 1.*x\.shape == \(2, 6, 0, 7\)'),
+            ('x', (2, 6, 5, 0), r'h, w >= 1.*x\.shape == \(2, 6, 5, 0\)'),
             (
                 'x',
                 (2, 6, 5, 1),

@@ -12,12 +12,16 @@ from chainer import gradient_check
 from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_convolution_2d_sampler, sampled_sum_2d
+from chainer_deform.sampling import cpu, weighted_sum
 from tests import reference
 from tests.cases import SUM_CASES, Case, SumCase, assert_close, infinity_as_nan
 
 every_case = pytest.mark.parametrize('case', SUM_CASES.values(), ids=SUM_CASES.keys())
 both_borders = pytest.mark.parametrize('border', ['zero', 'clamp'])
 NAMES = 'x', 'locations', 'weights'
+
+#: MiB that a call may take beside arguments, results and copies of them.
+MEMORY = 40
 
 
 def run(arrays, options, gy=None, wanted=NAMES):
@@ -1000,6 +1004,42 @@ class TestArrays:
             tracemalloc.stop()
         results = y.array.nbytes + sum(v.grad.nbytes for v in variables.values())
         assert peak < results + 8 * case.q + 2 * image + (64 << 20)
+
+    def test_large_images(self, peak_of):
+        """Beside results two copies of one image, in the first and the second order."""
+        case = SumCase(n=2, c=64, size=(20, 20), q=20)
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        arrays['x'] = numpy.ones((2, 64, 500, 400), 'f')
+        gg = {**random_gg(case.arrays('float32')), 'x': arrays['x']}
+        rest = arrays['locations'], arrays['weights'], numpy.arange(20) // 10, 'zero'
+        image, results = arrays['x'][0].nbytes, arrays['x'].nbytes
+        room = 16 << 20
+
+        def first():
+            weighted_sum.backward(cpu, ['x'], gy, arrays['x'], *rest)
+
+        def second():
+            weighted_sum.double_backward(cpu, ['x'], gg, gy, arrays['x'], *rest)
+
+        assert peak_of(first) < results + image + room
+        assert peak_of(second) < results + 2 * image + room
+
+    @pytest.mark.parametrize('threads', ['1', '16'])
+    def test_points_of_many_groups_keep_to_their_budget(
+        self, threads, peak_of, monkeypatch
+    ):
+        """For each point about 200 bytes are known, and here are 400,000."""
+        monkeypatch.setenv('OMP_NUM_THREADS', threads)
+        case = SumCase(n=1, c=64, size=(20, 20), q=1600, groups=64, points=4)
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        rest = numpy.zeros(1600, int), 'zero'
+
+        def both():
+            weighted_sum.forward(cpu, *arrays.values(), *rest)
+            weighted_sum.backward(cpu, NAMES, gy, *arrays.values(), *rest)
+
+        results = sum(array.nbytes for array in arrays.values())
+        assert peak_of(both) < results + (MEMORY << 20)
 
 
 class TestErrors:

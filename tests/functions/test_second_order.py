@@ -319,8 +319,16 @@ class TestArrays:
         known = 4 * arrays['x'].nbytes
         assert peak_of(compute) < known + ((16 + 8) << 20)
 
-    def test_threads_do_not_matter(self, monkeypatch):
-        case = CASES['all']
+    @pytest.mark.parametrize(
+        'case',
+        [
+            CASES['all'],
+            Case(n=1, c=48, out_c=3, mask=True),
+            Case(n=9, c=8, out_c=6, groups=2, offset_groups=4, mask=True),
+        ],
+        ids=['all', 'many channels', 'many images'],
+    )
+    def test_threads_do_not_matter(self, case, monkeypatch):
         arrays, gy = case.arrays(), case.gy()
         gg = random_gg(arrays)
         expected = second_order(arrays, case.options, gy, gg)

@@ -247,6 +247,11 @@ class TestLink:
             pass
 
         class Device(chainer.backend.CpuDevice):
+            __hash__ = object.__hash__
+
+            def __eq__(self, other):
+                return self is other
+
             def send(self, arrays):
                 return arrays.copy().view(There)
 

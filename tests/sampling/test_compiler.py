@@ -192,7 +192,7 @@ assert sys.modules['numba'] is numba
 
     @pytest.mark.skipif(not hasattr(signal, 'setitimer'), reason='there is no timer')
     @pytest.mark.parametrize(
-        ('delay', 'cold'), [(0.02, False), (0.15, False), (0.4, True), (1, True)]
+        ('delay', 'cold'), [(0.02, False), (0.15, False), (0.4, True)]
     )
     def test_by_a_signal(self, delay, cold, cache, tmp_path):
         """Whatever Numba is doing: it is imported, starts, or compiles."""
