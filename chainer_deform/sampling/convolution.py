@@ -40,6 +40,7 @@ def forward(backend, geometry, x, offset, W, mask=None, b=None):
     for batch in call.images.batches():
         image = call.images.load(x, batch)
         call.each_tile(functools.partial(convolve, image, batch), batch)
+        del image  # before the next one is copied
     return y
 
 
@@ -48,7 +49,7 @@ def backward(
     backend, geometry, wanted: Collection[str], gy, x, offset, W, mask=None, b=None
 ) -> dict:
     """Returns the gradients of the arguments named in ``wanted``, and no others."""
-    call = _Call(backend, geometry, x, offset, W, mask, gy)
+    call = _Call(backend, geometry, x, offset, W, mask, b, gy)
     gradients = call.new_gradients(wanted)
     filters = call.transposed_filters(W)
     gy_view = call.by_position(gy)

@@ -444,7 +444,7 @@ class TestPrecision:
         assert y == 2
         assert gradients['offset'][0, 0] == 2.0**31
 
-    @pytest.mark.parametrize('name', ['W', 'mask', 'offset', 'x'])
+    @pytest.mark.parametrize('name', ['W', 'mask', 'offset', 'x', 'b'])
     def test_gradient_of_a_wide_argument(self, name):
         """It is as exact, as all that it is made of is computed so."""
         case = Case(c=4, out_c=2, groups=2, offset_groups=2, mask=True)
@@ -584,6 +584,32 @@ class TestThreads:
         assert numpy.isinf(y).any()
         assert sorted(silent) == [False, True]
 
+    @pytest.mark.parametrize(
+        'case',
+        [
+            Case(n=1, c=64, out_c=2, size=(180, 180), ksize=(3, 3), pad=(1, 1)),
+            Case(n=1, c=4, out_c=4, size=(1, 400_000), ksize=(1, 3)),
+        ],
+        ids=['columns', 'points'],
+    )
+    def test_memory_of_all_at_once(self, case, loops, peak_of, monkeypatch):
+        """16 threads, each of which has sampled a tile, together keep to the budget."""
+        if loops.__name__.endswith('scipy'):
+            pytest.skip('SciPy has one thread')
+        monkeypatch.setattr(loops, 'thread_count', lambda: 16)
+        sample, barrier, calls = loops.sample, threading.Barrier(16), itertools.count()
+
+        def sample_together(*args):
+            sample(*args)
+            if next(calls) < 16:
+                barrier.wait(20)
+
+        monkeypatch.setattr(loops, 'sample', sample_together)
+        arrays = case.arrays('float32')
+        known = arrays['x'].nbytes + case.gy('float32').nbytes
+        peak = peak_of(lambda: convolution.forward(cpu, case.geometry, **arrays))
+        assert peak < known + (MEMORY << 20)
+
     @pytest.mark.parametrize('options', [{}, {'groups': 2, 'offset_groups': 4}])
     @pytest.mark.parametrize('n', [8, 9])
     @pytest.mark.parametrize('batch', [2, 5, 9])
@@ -601,6 +627,22 @@ class TestThreads:
         assert_close(y, expected_y, 'y')
         for name, gradient in gradients.items():
             assert_close(gradient, expected[name], name)
+
+    def test_gradients_of_its_own(self, loops, monkeypatch):
+        """Threads that have images of their own have a filter's gradient each."""
+        if loops.__name__.endswith('scipy'):
+            pytest.skip('SciPy has one thread')
+        add_product, sums = loops.add_product, []
+
+        def record(a, b, out):
+            if out.shape == (1, 3, 24):
+                sums.append(out)
+            add_product(a, b, out)
+
+        monkeypatch.setattr(loops, 'add_product', record)
+        case = Case(n=8, c=4, out_c=3)
+        run(case.arrays(), case.options, case.gy())
+        assert len({out.ctypes.data for out in sums}) == 2
 
     def test_products_of_its_own(self, loops, monkeypatch):
         """Threads that share a tile add to different numbers."""
@@ -765,7 +807,6 @@ class TestArrays:
             Case(n=1, c=1, out_c=256, size=(200, 300), ksize=(1, 1), bias=False),
             Case(n=1, c=4, out_c=4, size=(1, 300_000), ksize=(1, 3)),
             Case(n=1, c=256, out_c=256, size=(14, 13), ksize=(3, 3), pad=(1, 1)),
-            Case(n=16, c=256, out_c=256, size=(4, 3), ksize=(3, 3), pad=(1, 1)),
         ],
         ids=[
             'channels',
@@ -775,7 +816,6 @@ class TestArrays:
             'filters',
             'one row',
             'filter',
-            'filter, images',
         ],
     )
     @pytest.mark.parametrize(('threads', 'far'), [(1, False), (2, True), (16, False)])
@@ -859,6 +899,25 @@ class TestArrays:
 
         results = arrays['x'].nbytes + arrays['offset'].nbytes
         assert peak_of(both) < results + arrays['x'].nbytes + (MEMORY << 20)
+
+    @pytest.mark.parametrize(
+        'case',
+        [
+            Case(n=64, c=256, out_c=256, size=(4, 3), ksize=(3, 3), pad=(1, 1)),
+            Case(n=32, c=8, out_c=4, size=(80, 80), ksize=(3, 3), pad=(1, 1)),
+        ],
+        ids=['filters', 'points'],
+    )
+    def test_memory_of_many_threads_with_many_images(self, case, peak_of, monkeypatch):
+        """16 filters with gradients would take 75 MiB, all points of 16 images 150."""
+        monkeypatch.setenv('OMP_NUM_THREADS', '16')
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+
+        def backward():
+            convolution.backward(cpu, case.geometry, list(arrays), gy, **arrays)
+
+        known = sum(array.nbytes for array in (*arrays.values(), arrays['W']))
+        assert peak_of(backward) < known + (MEMORY << 20)
 
     @pytest.mark.parametrize('name', ['plain', 'all', 'depthwise', 'no bias'])
     def test_unclean_memory(self, name, unclean_memory):
