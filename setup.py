@@ -18,6 +18,7 @@ test = [
     'hypothesis>=6.80',
     'h5py>=3.7',
     'onnxruntime>=1.16',
+    'threadpoolctl>=3',
     *examples,
     *fast,
     *onnx,

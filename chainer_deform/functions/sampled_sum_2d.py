@@ -283,7 +283,7 @@ def _checked_indices(indices, x, q: int):
     if indices is None:
         xp = chainer.backend.get_array_module(x)
         return xp.arange(n, dtype='int64').repeat(q // max(1, n))
-    # A copy: what is checked here must still hold in the backward pass.
+    # A copy, which nobody changes between this check and the backward pass.
     indices = indices.astype('int64')
     if q:
         low, high = int(indices.min()), int(indices.max())

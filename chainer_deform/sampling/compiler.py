@@ -1,4 +1,4 @@
-"""Numba: whether it can be used, and how it compiles and keeps what it compiled.
+"""Chooses Numba or SciPy, and keeps what Numba compiled on disk.
 
 Numba is imported when the CPU path is first called. Whatever it cannot do, SciPy does.
 """
@@ -44,7 +44,7 @@ def loops() -> ModuleType:
 
 
 class _State:
-    """What is chosen for this process."""
+    """The loops that this process has chosen, and the locks around the choice."""
 
     def __init__(self) -> None:
         self.loops: ModuleType | None = None
@@ -81,8 +81,7 @@ def _choose() -> None:
     try:
         if os.environ.get('CHAINER_DEFORM_NUMBA') != '0' and _start_numba():
             chosen = _import('cpu_numba')
-            if hasattr(chosen, 'check'):
-                chosen.check()
+            chosen.check()
             _state.loops = chosen
             return
     except Exception as error:
@@ -287,7 +286,7 @@ class _Cache:
 
 @functools.cache
 def _version(folder: pathlib.Path) -> tuple[str, str, str]:
-    """What a compiled function depends on, beside its own code and the CPU."""
+    """Versions of Numba and llvmlite, and a digest of the sources of a folder."""
     import llvmlite
     import numba
 

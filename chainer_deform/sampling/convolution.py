@@ -3,8 +3,8 @@
 ``backend`` is the module :mod:`~chainer_deform.sampling.cpu` or
 :mod:`~chainer_deform.sampling.cuda`. Images are copied channels last, some at a time,
 and their output positions cut into tiles. In the forward pass a thread takes whole
-tiles. In the backward pass all threads share a tile, each with channels of its own, so
-that no two add to the same number.
+tiles. In the backward pass each thread has images of its own, or all threads share a
+tile, each with channels of its own: so no two add to the same number.
 
 In the shapes below ``P = out_h * out_w``, ``K = kh * kw``, and a tile has ``m`` images,
 ``p`` positions of each and ``R = m * p`` in all.
@@ -16,7 +16,14 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 
-from chainer_deform.sampling.pieces import Images, contiguous, cut, cut_tiles
+from chainer_deform.sampling.pieces import (
+    Images,
+    contiguous,
+    cut,
+    cut_tiles,
+    new_gradients,
+    shared_evenly,
+)
 from chainer_deform.sampling.points import Grid
 from chainer_deform.sampling.threads import each, quietly
 
@@ -50,8 +57,9 @@ def backward(
 ) -> dict:
     """Returns the gradients of the arguments named in ``wanted``, and no others."""
     call = _Call(backend, geometry, x, offset, W, mask, b, gy)
-    gradients = call.new_gradients(wanted)
-    filters = call.transposed_filters(W)
+    arrays = {'x': x, 'offset': offset, 'mask': mask, 'W': W}
+    gradients = new_gradients(backend, wanted, arrays)
+    filters = call.transposed_filters(W) if set(wanted) - {'b'} else []
     gy_view = call.by_position(gy)
     need_gcolumns = not {'x', 'offset', 'mask'}.isdisjoint(wanted)
 
@@ -151,6 +159,7 @@ def _forward_dot(backend, geometry, gg, gy, x, offset, W, mask):
         call.each_tile(
             functools.partial(convolve, image, image_dot, batch), batch, copies=2
         )
+        del image, image_dot  # before the next ones are copied
     return y_dot
 
 
@@ -160,7 +169,8 @@ def _backward_dot(backend, geometry, wanted, gg, gy, x, offset, W, mask) -> dict
     x_dot, W_dot = gg.get('x'), gg.get('W')
     columns_move = not gg.keys() <= {'W', 'b'}
     still = gg.keys() <= {'x', 'b'}
-    gradients = call.new_gradients(wanted)
+    arrays = {'x': x, 'offset': offset, 'mask': mask, 'W': W}
+    gradients = new_gradients(backend, wanted, arrays)
     need_gcolumns = not {'x', 'offset', 'mask'}.isdisjoint(wanted)
     filters = call.transposed_filters(W)
     filters_dot = None if W_dot is None else call.transposed_filters(W_dot)
@@ -219,14 +229,17 @@ class _Call:
         channels: A slice of all channels.
         parts: For each thread of the backward pass a slice of the channels, and one of
             the outputs that depend on them.
+        by_image: Whether each thread of the backward pass has images of its own, and
+            all channels. A batch must have enough images, and the filter's gradients,
+            one for each thread, must be small.
 
     """
 
     def __init__(self, backend, geometry, x, offset, W, mask, *others) -> None:
         self.backend, self.geometry = backend, geometry
-        self.x, self.W = x, W
+        self.W = W
         self.offset, self.mask = contiguous(offset), contiguous(mask)
-        n, c, h, w = x.shape
+        n, c, _, _ = x.shape
         self.out_size = offset.shape[2:]
         self.positions = math.prod(self.out_size)
         self.y_shape = (n, len(W), *self.out_size)
@@ -238,12 +251,9 @@ class _Call:
         self.images = Images(backend, x.shape, self.dtypes, self.threads)
         self.channels = slice(0, c)
         self.parts = self._parts()
-        # Threads share images instead, if there are enough of them at a time, and each
-        # may sum up a gradient of the filter.
-        even = n % self.threads == 0 or n >= 4 * self.threads
         filter_bytes = self.threads * W.size * self.dtypes[0].itemsize
         self.by_image = (
-            even
+            shared_evenly(n, self.threads)
             and 1 < self.threads <= self.images.at_a_time
             and filter_bytes <= FILTER_BYTES
         )
@@ -353,7 +363,7 @@ class _Call:
         return each(make, range(len(self.parts)), self.threads)
 
     def write_gradient(self, filters: list, gW) -> None:
-        """Writes what the filters have summed up."""
+        """Writes the gradient of the filter, piece by piece, to ``gW``."""
         if self.by_image:
             for other in filters[1:]:
                 filters[0].add_gradient_of(other)
@@ -366,17 +376,8 @@ class _Call:
         each(write, range(len(filters)), self.threads)
 
     def _filter_part(self, W, part: int):
-        """What of a filter belongs to a part of the channels, and its groups."""
+        """The piece of a filter for a part of the channels, and its groups."""
         channels, outputs = self.parts[part]
         if self.geometry.groups == 1:
             return W[:, channels], 1
         return W[outputs], self.geometry.groups * W[outputs].shape[0] // len(W)
-
-    def new_gradients(self, wanted: Collection[str]) -> dict:
-        """Memory for those gradients of ``x, offset, mask, W`` that are wanted."""
-        arrays = {'x': self.x, 'offset': self.offset, 'mask': self.mask, 'W': self.W}
-        return {
-            name: self.backend.empty(array.shape, array.dtype)
-            for name, array in arrays.items()
-            if name in wanted
-        }

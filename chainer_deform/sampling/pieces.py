@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from chainer_deform.sampling.threads import each
+
+
+def shared_evenly(count: int, threads: int) -> bool:
+    """Whether threads that share so many whole things have about as much to do."""
+    return count % threads == 0 or count >= 4 * threads
 
 
 def cut(length: int, most: int, threads: int = 1, unit: int = 1) -> list[slice]:
@@ -27,7 +34,7 @@ def cut_tiles(
     are small, else some of one image.
     """
     n = images.stop - images.start
-    if positions <= most and (n % threads == 0 or n >= 4 * threads):
+    if positions <= most and shared_evenly(n, threads):
         return [
             (slice(images.start + i.start, images.start + i.stop), slice(0, positions))
             for i in cut(n, most // positions, threads)
@@ -44,6 +51,15 @@ def contiguous(array):
     if array is None or array.flags.c_contiguous:
         return array
     return array.copy('C')
+
+
+def new_gradients(backend, wanted: Collection[str], arrays: Mapping) -> dict:
+    """Memory for the gradients of those arrays that are wanted, by name."""
+    return {
+        name: backend.empty(array.shape, array.dtype)
+        for name, array in arrays.items()
+        if name in wanted
+    }
 
 
 class Images:

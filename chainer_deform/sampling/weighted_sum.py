@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Mapping
 
-from chainer_deform.sampling.pieces import Images, cut
+from chainer_deform.sampling.pieces import Images, cut, new_gradients
 from chainer_deform.sampling.points import Given
 from chainer_deform.sampling.threads import each, quietly
 
@@ -38,6 +38,7 @@ def forward(backend, x, locations, weights, indices, border: str):
     for batch in call.images.batches():
         image = call.images.load(x, batch)
         call.each_tile(functools.partial(add_up, image, batch), batch)
+        del image  # before the next one is copied
     return y
 
 
@@ -47,7 +48,8 @@ def backward(
 ) -> dict:
     """Returns the gradients of the arguments named in ``wanted``, and no others."""
     call = _Call(backend, x, locations, weights, indices, border, gy)
-    gradients = call.new_gradients(wanted)
+    arrays = {'x': x, 'locations': locations, 'weights': weights}
+    gradients = new_gradients(backend, wanted, arrays)
 
     def differentiate(image, gimage, sampler, gy_tile, part):
         channels = call.parts[part]
@@ -88,7 +90,8 @@ def double_backward(
     """
     call = _Call(backend, x, locations, weights, indices, border, gy, *gg.values())
     still = gg.keys() <= {'x'}
-    gradients = call.new_gradients(wanted)
+    arrays = {'x': x, 'locations': locations, 'weights': weights}
+    gradients = new_gradients(backend, wanted, arrays)
     if 'gy' in wanted:
         gradients['gy'] = backend.empty(gy.shape, gy.dtype)
 
@@ -110,10 +113,8 @@ def double_backward(
         image_dot = call.images.load(gg.get('x'), batch)
         if 'gy' in wanted:
             call.each_tile(functools.partial(add_up, image, image_dot, batch), batch)
-        if not set(wanted) - {'gy'}:
-            continue
         gimage_dot = call.images.new_gradient(gradients.get('x'), batch)
-        for tile in call.shared_tiles(batch):
+        for tile in call.shared_tiles(batch) if set(wanted) - {'gy'} else ():
             sampler = call.sampler(batch, tile, tangents=gg, gradients=gradients)
             call.each_part(
                 functools.partial(
@@ -140,8 +141,8 @@ class _Call:
 
     def __init__(self, backend, x, locations, weights, indices, border, *others):
         self.backend, self.indices, self.border = backend, indices, border
-        self.x, self.locations, self.weights = x, locations, weights
-        n, c, h, w = x.shape
+        self.locations, self.weights = locations, weights
+        c = x.shape[1]
         q, self.groups, self.K = weights.shape
         self.dtypes = backend.dtypes(x, x, locations, weights, *others)
         # About 32 multiply-adds to sample a channel at a point.
@@ -195,12 +196,3 @@ class _Call:
             (gradients.get('locations'), gradients.get('weights')),
             len(self.parts),
         )
-
-    def new_gradients(self, wanted: Collection[str]) -> dict:
-        """Memory for the gradients that are wanted of all but ``gy``, by name."""
-        arrays = {'x': self.x, 'locations': self.locations, 'weights': self.weights}
-        return {
-            name: self.backend.empty(array.shape, array.dtype)
-            for name, array in arrays.items()
-            if name in wanted
-        }
