@@ -517,8 +517,12 @@ def compile_seconds(folder) -> dict:
 def machine() -> dict:
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as info:
-        names = (line.split(':')[1] for line in info if line.startswith('model name'))
-        processor = next(names, processor).strip()
+        lines = (line.split(':', 1) for line in info if ':' in line)
+        found = {name.strip(): value.strip() for name, value in lines}
+        processor = found.get('model name', processor)
+        # The name of a virtual machine's CPU often leaves out which one it is.
+        if 'cpu family' in found:
+            processor += f' (family {found["cpu family"]}, model {found["model"]})'
     return {
         'processor': processor,
         'architecture': platform.machine(),

@@ -375,8 +375,8 @@ class Commands:
     def time(self, pause: float) -> dict:
         """Seconds of a run, on the clock and of all cores.
 
-        After one that is not counted; the mean of so many that they and the pauses
-        take 20 ms.
+        After :data:`WARM_UP` seconds that are not counted; the mean of so many that
+        they and the pauses take 20 ms.
         """
         return stopwatch(self.run, 0.02, pause)
 
@@ -446,16 +446,26 @@ def mapped_blas() -> list[str]:
     return sorted(filter(re.compile('lib.*(blas|mkl)').match, names))
 
 
+#: Seconds of runs that are not counted. After 0.2 s of idleness, as while the others
+#: are measured, Linux was seen to keep two threads on one core for 50 ms.
+WARM_UP = 0.1
+
+
 def stopwatch(run, least: float = 0, pause: float = 0) -> dict:
     """Seconds of a run, or the mean of so many, after another, that take ``least``.
 
-    ``pause`` seconds of idleness come before each, and count for ``least``.
+    With ``least`` there is a warm-up before. ``pause`` seconds of idleness come before
+    each run, and count for both.
     """
     count = 1
     if least:
-        start = time.perf_counter()
-        run()
-        count = max(1, math.ceil(least / (time.perf_counter() - start + pause)))
+        start, runs, seconds = time.perf_counter(), 0, 0
+        while seconds < WARM_UP:
+            time.sleep(pause)
+            run()
+            runs += 1
+            seconds = time.perf_counter() - start
+        count = max(1, math.ceil(least / (seconds / runs)))
     wall = cpu = 0
     for _ in range(count):
         if pause:
