@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import copy
 import os
 import re
 import types
@@ -14,9 +14,9 @@ import chainer
 import chainer.functions as F
 import numpy
 
+from chainer_deform import _onnx_converters
 from chainer_deform._checks import integer
 from chainer_deform._version import __version__
-from chainer_deform.convert import interleaved_order
 
 if TYPE_CHECKING:
     import onnx
@@ -25,17 +25,14 @@ __all__ = ['export']
 
 #: The first opset that has DeformConv.
 _MIN_OPSET = 19
-#: The last opset that ONNX-Chainer writes. DeformConv is in a domain of our own there,
-#: and moves to the standard's when all other nodes have been brought to the opset
-#: asked for.
+#: The last opset that ONNX-Chainer writes. What is newer is in a domain of our own
+#: there, and moves to the standard's when all other nodes have been brought to the
+#: opset asked for.
 _CHAINER_OPSET = 11
-_DOMAIN = 'chainer_deform'
 
 #: What is said of functions without an ONNX form, beside their name.
 _HINTS = {
-    'DeformableConvolution2DSamplerGrad': (
-        ', the gradient of a deformable convolution, for which there is no operator'
-    ),
+    'DeformableConvolution2DSamplerGrad': ', for which there is no operator',
     'SpatialTransformerSampler': (
         ". If it is part of Chainer's own deformable convolution, call "
         'chainer_deform.patch_chainer() before the model is built'
@@ -55,8 +52,9 @@ def export(
 ) -> onnx.ModelProto:
     """Exports a model to ONNX, with its deformable convolutions as ``DeformConv``.
 
-    The model is called once, in test mode, and what it does is written down by the
-    ``onnx_chainer`` that comes with Chainer. Every node is one of the standard's,
+    The model is called in test mode, and what it does is written down by the
+    ``onnx_chainer`` that comes with Chainer, and by converters of this package where
+    that has none or overlooks an option. Every node is one of the standard's,
     brought to the opset asked for by ``onnx``, whose checker has the last word. All
     options of :func:`~chainer_deform.functions.deformable_convolution_2d_sampler` can
     be exported. A ``Gather`` puts the offsets into the standard's order, pairs of (y,
@@ -68,11 +66,13 @@ def export(
     gives 0 there as here, and so does an infinite offset; a NaN offset gives 0 as well,
     where this package gives NaN.
 
-    With ``input_shapes`` the file takes other batches and images than ``args``, as far
-    as the model does not count on their size: what it computes outside of Chainer's
-    functions, with NumPy or from ``x.shape``, is a constant in the file, of the value
-    that it had for ``args``. Let ``args`` be a batch of one, then: ONNX broadcasts it
-    to any batch. A reshape finds the size of its first axis by itself.
+    What a model computes outside of Chainer's functions, with NumPy or from
+    ``x.shape``, is a constant in the file. So a copy of the model is called again, with
+    other values: if a constant is another one then, that is an error. With
+    ``input_shapes`` the file takes other batches and images than ``args``, and the copy
+    is called with twice the sizes that are left open: if a constant depends on them,
+    that is a warning which names the function. Let ``args`` be a batch of one, then:
+    ONNX broadcasts it to any batch.
 
     Args:
         model (~chainer.Link): The model. It stays as it is, but for parameters that a
@@ -101,7 +101,12 @@ def export(
             names do not fit or repeat, or the model uses a function without an ONNX
             form.
         RuntimeError: A function cannot be exported with the options, inputs or dtypes
-            that it has in the model, or was called under ``chainer.no_backprop_mode``.
+            that it has in the model, was called under ``chainer.no_backprop_mode``, or
+            with numbers that were computed from the inputs' values by other means than
+            Chainer's functions.
+
+    Warns:
+        UserWarning: A number in the file depends on a size that is left open.
 
     The file is written beside its place and moved there: after an error there is none,
     or still the one that was there before.
@@ -131,14 +136,24 @@ def export(
     for option, names in ('input_names', input_names), ('output_names', output_names):
         _check_names(option, names)
     args = _checked(args)
+    before = model.copy()  # a call may change the model's state
+
+    def trace(model, args):
+        # ONNX-Chainer changes the list or dict that it is given.
+        return _export_at_chainers_opset(
+            _Traced(model), copy.copy(args), input_names, output_names, input_shapes
+        )
+
     try:
-        exported = _export_at_chainers_opset(
-            _Traced(model), args, input_names, output_names, input_shapes
+        exported = trace(model, args)
+        _check_constants(
+            exported, lambda args: trace(before.copy(), args), args, input_shapes
         )
         exported = _at_opset(onnx, exported, opset_version)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as e:
         raise RuntimeError(
-            f'the model cannot be exported, as it would be no valid ONNX: {e}'
+            'the model cannot be exported, as it would be no valid ONNX: '
+            + re.sub(r'\b([A-Za-z]\w*?)_\d+(_tmp_\d+|_const_\w+)*\b', _in_words, str(e))
         ) from e
     if filename is not None:
         _write(os.fsdecode(filename), exported.SerializeToString())
@@ -172,7 +187,7 @@ def _check_names(option: str, names) -> None:
 
 
 def _checked(args):
-    """The arrays of the arguments; ONNX-Chainer changes what it is given."""
+    """The arrays of the arguments."""
 
     def checked(name, arg):
         array = chainer.as_array(arg)
@@ -214,7 +229,7 @@ class _Traced:
         # In ONNX an output is neither an input nor another output.
         self._taken = [*args, *kwargs.values()]
         self.outputs = []
-        with self._keep, _NeedsGraph():
+        with self._keep, _Watch(), _onnx_converters.rounding_as_nodes():
             outputs = self._model(*args, **kwargs)
             if isinstance(outputs, dict):
                 return {name: self._once(y) for name, y in outputs.items()}
@@ -225,6 +240,15 @@ class _Traced:
     def _once(self, y):
         if any(y is other for other in self._taken):
             y = F.identity(y)
+        reason = None
+        if not isinstance(y, chainer.Variable):
+            reason = f'is no Variable, but a {type(y).__name__}'
+        elif y.creator_node is None:
+            reason = "does not come out of Chainer's functions"
+        if reason is not None:
+            raise RuntimeError(
+                f'the model cannot be exported: its output {len(self.outputs)} {reason}'
+            )
         self._taken.append(y)
         self.outputs.append(y)
         return y
@@ -241,16 +265,21 @@ class _Keep(chainer.LinkHook):
         self._kept.append((args.args, args.kwargs))
 
 
-class _NeedsGraph(chainer.FunctionHook):
-    """Says which function leaves no trace."""
+class _Watch(chainer.FunctionHook):
+    """Refuses calls of functions that leave no trace, or are random."""
 
     name = 'onnx_export'
 
     def forward_preprocess(self, function, in_data) -> None:
+        reason = None
         if not chainer.config.enable_backprop:
+            reason = 'without a graph, under chainer.no_backprop_mode'
+        elif isinstance(function, F.noise.dropout.Dropout) and function.mask is None:
+            reason = 'with chainer.config.train, where it is random'
+        if reason is not None:
+            name = _onnx_converters.public_name(type(function).__name__)
             raise RuntimeError(
-                f'the model cannot be exported: it calls {function.label} without a '
-                'graph, under chainer.no_backprop_mode'
+                f'the model cannot be exported: it calls {name} {reason}'
             )
 
 
@@ -258,8 +287,9 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
     import onnx_chainer
     from onnx_chainer import mapping
 
-    converters = {**mapping.converters, **_CONVERTERS}
-    converters = {name: _named(name, f) for name, f in converters.items()}
+    converters = {**mapping.converters, **_onnx_converters.CONVERTERS}
+    shapes: dict[str, tuple] = {}
+    converters = {name: _named(name, f, shapes) for name, f in converters.items()}
     with warnings.catch_warnings():
         # They are about how ONNX-Chainer is called, and what it uses of onnx.
         warnings.filterwarnings(
@@ -277,7 +307,7 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
                 output_names=output_names,
                 input_shapes=input_shapes,
                 external_converters=converters,
-                external_opset_imports={_DOMAIN: 1},
+                external_opset_imports={_onnx_converters.DOMAIN: 1},
                 return_named_inout=True,
             )
         except ValueError as e:
@@ -286,9 +316,10 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
                 raise
             name = unknown[1]
             raise ValueError(
-                'the model cannot be exported: ONNX-Chainer has no ONNX form of the '
-                f'function {name}{_HINTS.get(name, "")}'
+                'the model cannot be exported: there is no ONNX form of '
+                f'{_onnx_converters.public_name(name)}{_HINTS.get(name, "")}'
             ) from None
+    _onnx_converters.drop_expands(exported.graph, shapes)
     # ONNX-Chainer has them in the order in which it found them.
     names = {id(y): name for name, y in outputs.items()}
     values = {value.name: value for value in exported.graph.output}
@@ -298,23 +329,146 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
     return exported
 
 
-def _named(name: str, converter):
-    """The converter, with the function's name in its errors."""
+def _named(name: str, converter, shapes: dict[str, tuple]):
+    """The converter, with the function's name in its errors.
+
+    It adds to ``shapes`` those of the inputs, by name.
+    """
+    name = _onnx_converters.public_name(name)
 
     def convert(params):
+        inputs = zip(params.input_names, params.func.inputs)
+        shapes.update((name, variable.shape) for name, variable in inputs)
         try:
-            nodes = converter(params)
+            return converter(params)
+        except _onnx_converters.NoForm as e:
+            raise RuntimeError(
+                f'the model cannot be exported: {name} has no ONNX form with {e}'
+            ) from None
         except Exception as e:
             raise RuntimeError(
-                f'the model cannot be exported: not the function {name} as it is '
-                f'called there ({type(e).__name__}: {e})'
+                f'the model cannot be exported: not {name} as it is called there '
+                f'({type(e).__name__}: {e})'
             ) from e
-        # The statistics of a layer that is called twice are two, else.
-        parameters = params.context.parameters
-        parameters[:] = {id(array): array for array in parameters}.values()
-        return nodes
 
     return convert
+
+
+def _in_words(match: re.Match) -> str:
+    """The name of a node, as that of the function whose node it is."""
+    return _onnx_converters.public_name(match[1])
+
+
+def _check_constants(exported, trace, args, input_shapes) -> None:
+    """Finds what is a constant in the file, but not in the model.
+
+    A model that computes something outside of Chainer's functions does not compute it
+    in the file. It shows when the model is traced again, with other inputs: of other
+    values, and where a size is left open of another size, too.
+    """
+    shapes = _shapes(args, input_shapes)
+    found = _changes(exported, trace, _other(args, shapes))
+    if found == []:
+        return
+    of_values = _changes(exported, trace, _other(args, _shapes(args, None)))
+    if of_values:
+        raise RuntimeError(
+            f'the model cannot be exported: {_enumeration(of_values)} gets numbers '
+            'that the model computes from the values of its inputs or at random, but '
+            "not with Chainer's functions. Compute them so, or make them an input"
+        )
+    if found:
+        warnings.warn(
+            f'{_enumeration(found)} gets numbers that depend on the sizes of the '
+            'inputs. In the exported model they are those for the given args, also '
+            'where input_shapes leaves a size open',
+            stacklevel=3,
+        )
+
+
+def _shapes(args, input_shapes) -> list[tuple]:
+    """The shapes of the arguments, twice as large where they are left open."""
+    arrays = _values(args)
+    if input_shapes is None:
+        return [array.shape for array in arrays]
+    if isinstance(input_shapes, tuple):
+        input_shapes = [input_shapes]
+    if isinstance(input_shapes, dict):
+        input_shapes = [input_shapes[name] for name in args]
+    return [
+        tuple(
+            size if isinstance(size, int) else 2 * used
+            for size, used in zip(shape, array.shape)
+        )
+        for shape, array in zip(input_shapes, arrays)
+    ]
+
+
+def _values(args) -> list:
+    if isinstance(args, dict):
+        return list(args.values())
+    return args if isinstance(args, list) else [args]
+
+
+def _other(args, shapes):
+    """Arguments of other values, of the same kind and about as large."""
+    random = numpy.random.RandomState(0)
+
+    def other(array, shape):
+        device = chainer.backend.get_device_from_array(array)
+        if not array.size:
+            return device.send(numpy.zeros(shape, array.dtype))
+        # Indices and labels stay such.
+        values = array.ravel()[device.send(random.randint(0, array.size, shape))]
+        if array.dtype.kind != 'f':
+            return values
+        noise = random.uniform(0, 0.25, shape).astype(array.dtype)
+        return 0.75 * values + device.send(noise)
+
+    others = list(map(other, _values(args), shapes))
+    if isinstance(args, dict):
+        return dict(zip(args, others))
+    return others if isinstance(args, list) else others[0]
+
+
+def _changes(exported, trace, args) -> list[str] | None:
+    """Functions of other constants when the model is traced with other arguments.
+
+    None if it cannot be called with them.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            other = trace(args)
+    except Exception:
+        return None
+    steps, other_steps = _steps(exported.graph), _steps(other.graph)
+    names = [
+        name
+        for (name, *step), (_, *other_step) in zip(steps, other_steps)
+        if step != other_step
+    ]
+    if len(steps) != len(other_steps) and not names:
+        names = [max(steps, other_steps, key=len)[-1][0]]
+    classes = (re.sub(r'_\d+(_tmp_\d+)?$', '', name) for name in names)
+    return list(dict.fromkeys(map(_onnx_converters.public_name, classes)))
+
+
+def _steps(graph) -> list[tuple]:
+    """Of each node: its name, what it does, and the constants that it is given."""
+    constants = {
+        value.name: (*value.dims, value.data_type, value.raw_data)
+        for value in graph.initializer
+        if not value.name.startswith('param_')  # a parameter, the same in each
+    }
+    return [
+        (node.name, node.op_type, *node.attribute, *map(constants.get, node.input))
+        for node in graph.node
+    ]
+
+
+def _enumeration(names: list[str]) -> str:
+    return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 
 def _at_opset(onnx, exported, opset_version: int):
@@ -322,7 +476,7 @@ def _at_opset(onnx, exported, opset_version: int):
     exported = onnx.version_converter.convert_version(exported, opset_version)
     graph = exported.graph
     for node in graph.node:
-        if node.domain == _DOMAIN:
+        if node.domain == _onnx_converters.DOMAIN:
             node.domain = ''
     del exported.opset_import[:]
     exported.opset_import.append(onnx.helper.make_opsetid('', opset_version))
@@ -355,150 +509,3 @@ def _write(path: str, content: bytes) -> None:
         if isinstance(e, OSError):
             raise OSError(e.errno, e.strerror, path) from None
         raise
-
-
-# The converters: from the parameters of an ONNX-Chainer converter to nodes.
-
-
-def _deformable_convolution_2d_sampler(params):
-    import onnx
-    from onnx_chainer.onnx_helper import GraphBuilder
-
-    builder = GraphBuilder()
-    node, geometry = params.func, params.func.geometry
-    dtypes = [variable.dtype for variable in node.inputs]
-    x_dtype, dtype = dtypes[0], numpy.result_type(numpy.float32, *dtypes)
-
-    def cast(name, to):
-        return builder.op('Cast', [name], to=onnx.helper.np_dtype_to_tensor_dtype(to))
-
-    names = {
-        argument: name if found == dtype else cast(name, dtype)
-        for argument, name, found in zip(node.names, params.input_names, dtypes)
-    }
-    order = interleaved_order(geometry.offset_groups, geometry.taps)
-    order = params.context.add_const(order, 'interleaved')
-    names['offset'] = builder.op('Gather', [names['offset'], order], axis=1)
-    inputs = [names.get(name, '') for name in ('x', 'W', 'offset', 'b', 'mask')]
-    while not inputs[-1]:
-        del inputs[-1]
-    y = builder.op(
-        'DeformConv',
-        inputs,
-        domain=_DOMAIN,
-        kernel_shape=(geometry.kh, geometry.kw),
-        strides=(geometry.sy, geometry.sx),
-        pads=(geometry.ph, geometry.pw, geometry.ph, geometry.pw),
-        dilations=(geometry.dy, geometry.dx),
-        group=geometry.groups,
-        offset_group=geometry.offset_groups,
-    )
-    if x_dtype != dtype:
-        cast(y, x_dtype)
-    return builder.nodes(params.output_names)
-
-
-def _reshape(params):
-    """As ONNX-Chainer's, but the size of the first axis is left open."""
-    from onnx_chainer import onnx_helper
-
-    x_shape, shape = params.func.inputs[0].shape, list(params.func.shape)
-    if shape and shape[:1] == list(x_shape[:1]):
-        shape[0] = 0  # in ONNX the size that it has
-    elif shape:
-        if -1 in shape:
-            shape[shape.index(-1)] = math.prod(x_shape) // -math.prod(shape)
-        shape[0] = -1
-    shape = params.context.add_const(numpy.array(shape, numpy.int64), 'shape')
-    inputs = [*params.input_names, shape]
-    return (onnx_helper.make_node('Reshape', inputs, params.output_names),)
-
-
-def _prelu(params):
-    """ONNX-Chainer's takes the slopes' axes for the last ones of the image."""
-    from onnx_chainer.onnx_helper import GraphBuilder
-
-    builder = GraphBuilder()
-    x, slopes = params.input_names
-    x_ndim, ndim = (len(variable.shape) for variable in params.func.inputs)
-    if 0 < ndim < x_ndim - 1:
-        slopes = builder.op('Unsqueeze', [slopes], axes=range(ndim, x_ndim - 1))
-    builder.op('PRelu', [x, slopes])
-    return builder.nodes(params.output_names)
-
-
-def _resize_images(params):
-    """ONNX-Chainer's does not look at ``align_corners`` and ``mode``."""
-    from onnx_chainer import onnx_helper
-
-    node = params.func
-    sizes = node.inputs[0].shape[2:]
-    out_sizes = node.out_H, node.out_W
-    if node.mode == 'nearest':
-        # Chainer's own formula, as its rounding decides which of two pixels it is.
-        return _gather_pixels(
-            params,
-            *(
-                numpy.minimum(numpy.floor(numpy.arange(out) * (size / out)), size - 1)
-                for size, out in zip(sizes, out_sizes)
-            ),
-        )
-    scales = [numpy.float32(out / size) for size, out in zip(sizes, out_sizes)]
-    # A runtime takes floor(size * scale), which must not fall short by a rounding.
-    scales = [
-        numpy.nextafter(scale, numpy.float32('inf'))
-        if size * float(scale) < out
-        else scale
-        for size, out, scale in zip(sizes, out_sizes, scales)
-    ]
-    add_const = params.context.add_const
-    inputs = [
-        *params.input_names,
-        add_const(numpy.array([], numpy.float32), 'roi'),
-        add_const(numpy.array([1, 1, *scales], numpy.float32), 'scales'),
-    ]
-    mode = 'align_corners' if node.align_corners else 'half_pixel'
-    return (
-        onnx_helper.make_node(
-            'Resize',
-            inputs,
-            params.output_names,
-            mode='linear',
-            coordinate_transformation_mode=mode,
-        ),
-    )
-
-
-def _unpooling_2d(params):
-    """ONNX-Chainer's does not cut off what ``cover_all`` cuts off."""
-    from onnx_chainer import mapping
-
-    node = params.func
-    ksize = node.kh, node.kw
-    if not node.cover_all or (node.sy, node.sx) != ksize or node.ph or node.pw:
-        return mapping.converters['Unpooling2D'](params)
-    return _gather_pixels(
-        params, numpy.arange(node.outh) // node.kh, numpy.arange(node.outw) // node.kw
-    )
-
-
-def _gather_pixels(params, rows, columns):
-    """The image made of these rows and columns of the input."""
-    from onnx_chainer.onnx_helper import GraphBuilder
-
-    builder = GraphBuilder()
-    image = params.input_names[0]
-    for axis, name, index in (2, 'rows', rows), (3, 'columns', columns):
-        index = params.context.add_const(index.astype(numpy.int64), name)
-        image = builder.op('Gather', [image, index], axis=axis)
-    return builder.nodes(params.output_names)
-
-
-#: By the name of the function's class.
-_CONVERTERS = {
-    'DeformableConvolution2DSampler': _deformable_convolution_2d_sampler,
-    'PReLUFunction': _prelu,
-    'Reshape': _reshape,
-    'ResizeImages': _resize_images,
-    'Unpooling2D': _unpooling_2d,
-}
