@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Mapping
 
 import chainer
+import numpy
 from chainer import backend
 from chainer.utils import type_check
 
@@ -23,6 +26,8 @@ def pair(name: str, value, minimum: int) -> tuple[int, int]:
 def integer(name: str, value, minimum: int, expected: str = 'an int') -> int:
     """``value`` as an int from ``minimum`` to ``MOST``; ``name`` is for the error."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f'{name} must be {expected}, not {value!r}') from None
@@ -31,6 +36,22 @@ def integer(name: str, value, minimum: int, expected: str = 'an int') -> int:
     if number > MOST:
         raise ValueError(f'{name} must be at most {MOST}, not {value!r}')
     return number
+
+
+def boolean(name: str, value) -> bool:
+    """``value``, which must be True or False; ``name`` is for the error."""
+    if not isinstance(value, (bool, numpy.bool_)):
+        raise TypeError(f'{name} must be True or False, not {value!r}')
+    return bool(value)
+
+
+def positive(name: str, value) -> float:
+    """``value``, a finite number above 0, as a float; ``name`` is for the error."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} must be a number, not {value!r}')
+    if not 0 < value < math.inf:
+        raise ValueError(f'{name} must be above 0 and finite, not {value!r}')
+    return float(value)
 
 
 def float_array(name: str, value):
@@ -69,11 +90,13 @@ def float_shapes(types: Mapping) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Checks the shape of an array; ``name`` is for the error."""
+def check_shape(
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], rule: str = ''
+) -> None:
+    """Checks the shape of an array; ``name`` and ``rule`` are for the error."""
     if shape != expected:
         raise type_check.InvalidType(
-            f'{name}.shape == {expected}', f'{name}.shape == {shape}'
+            f'{name}.shape == {expected} {rule}'.rstrip(), f'{name}.shape == {shape}'
         )
 
 

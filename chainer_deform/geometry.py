@@ -97,9 +97,13 @@ class Geometry:
             )
 
         taps = self.offset_groups * self.taps
-        for name, shape in (
-            ('offset', (n, 2 * taps, out_h, out_w)),
-            ('mask', (n, taps, out_h, out_w)),
-            ('b', (out_c,)),
+        offset_shape = n, 2 * taps, out_h, out_w
+        channels = 'with 2 * kh * kw * offset_groups channels'
+        if shapes.get('offset') == (n, 3 * taps, out_h, out_w):
+            channels += '; if the last third of these is the mask, split it off'
+        for name, shape, rule in (
+            ('offset', offset_shape, channels),
+            ('mask', (n, taps, out_h, out_w), 'with kh * kw * offset_groups channels'),
+            ('b', (out_c,), ''),
         ):
-            check_shape(name, shapes.get(name, shape), shape)
+            check_shape(name, shapes.get(name, shape), shape, rule)

@@ -166,6 +166,7 @@ def test_dtypes(x_dtype, offset_dtype, W_dtype, casts):
         {'modulated': True, 'mask_scale': 2, 'deform_nobias': True},
         {'offset_nobias': True, 'stride': (2, 1), 'pad': (0, 2), 'dilate': (1, 3)},
         {'modulated': True, 'groups': 2, 'offset_groups': 4, 'pad': (2, 1)},
+        {'modulated': True, 'max_offset': 0.7},
     ],
 )
 def test_layers_take_other_batches_and_larger_images(options):
@@ -176,6 +177,15 @@ def test_layers_take_other_batches_and_larger_images(options):
         x = image(*shape)
         (y,) = run_in_onnxruntime(exported, x)
         assert_close(y, predict(layer, x).array, 'y')
+
+
+def test_offsets_from_another_feature_map():
+    layer = DeformableConvolution2D(4, 6, 3, offset_in_channels=2, modulated=True)
+    randomize(layer)
+    x, feature = image(1, 4, 6, 9), image(1, 2, 6, 9)
+    exported = export(layer, {'x': x, 'offset_input': feature})
+    (y,) = run_in_onnxruntime(exported, 2 * x, 3 * feature)
+    assert_close(y, layer(2 * x, 3 * feature).array, 'y')
 
 
 @pytest.mark.parametrize('opset_version', [19, 22, NEWEST_OPSET])

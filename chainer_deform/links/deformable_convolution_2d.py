@@ -6,8 +6,9 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 from chainer import initializers
+from chainer.utils import type_check
 
-from chainer_deform._checks import integer
+from chainer_deform._checks import boolean, float_array, integer, positive
 from chainer_deform.functions.deformable_convolution_2d_sampler import (
     deformable_convolution_2d_sampler,
 )
@@ -19,7 +20,8 @@ class DeformableConvolution2D(chainer.Chain):
 
     An ordinary convolution, ``offset_conv``, predicts an offset in pixels for each
     sampling point of ``deform_conv``, a deformable convolution of the same kernel,
-    stride, pad and dilation. Both read the layer's input.
+    stride, pad and dilation. Both read the layer's input, or ``offset_conv`` another
+    feature map of that size, ``offset_input``.
 
     The defaults follow the papers: ``offset_conv`` starts at zero, so that the layer
     begins as a plain convolution, and the filter of ``deform_conv`` starts as that of
@@ -55,9 +57,15 @@ class DeformableConvolution2D(chainer.Chain):
         mask_scale (float): The largest value of the mask. At the zero start the mask is
             half of it: 0.5 for 1, as in the paper, and 1 for 2, with which a modulated
             layer, too, begins as a plain convolution.
+        max_offset (float or None): How far a point can be moved along each axis, in
+            pixels: ``max_offset * tanh(o / max_offset)`` takes the place of the
+            predicted offset ``o``. Small offsets are hardly changed, and none explode.
+            If ``None``, offsets are as predicted.
+        offset_in_channels (int or None): Number of channels of ``offset_input``; that
+            of the input if ``None``.
 
     Raises:
-        TypeError, ValueError: An option is not made of ints or is out of range.
+        TypeError, ValueError: An option is of a wrong type or out of range.
 
     Differentiable twice; deterministic as its function is. The parameters are
     ``offset_conv/W``, ``offset_conv/b``, ``deform_conv/W`` and ``deform_conv/b``, so
@@ -99,16 +107,25 @@ class DeformableConvolution2D(chainer.Chain):
         offset_groups: int = 1,
         modulated: bool = False,
         mask_scale: float = 1.0,
+        max_offset: float | None = None,
+        offset_in_channels: int | None = None,
     ) -> None:
         super().__init__()
-        self.modulated = modulated
+        self.modulated = boolean('modulated', modulated)
         self.mask_scale = mask_scale
+        self.max_offset = (
+            None if max_offset is None else positive('max_offset', max_offset)
+        )
         if in_channels is not None:
             in_channels = integer('in_channels', in_channels, minimum=1)
+        if offset_in_channels is None:
+            offset_in_channels = in_channels
+        else:
+            offset_in_channels = integer('offset_in_channels', offset_in_channels, 1)
         geometry = Geometry(ksize, stride, pad, dilate, groups, offset_groups)
         with self.init_scope():
             self.offset_conv = L.Convolution2D(
-                in_channels,
+                offset_in_channels,
                 (3 if modulated else 2) * geometry.offset_groups * geometry.taps,
                 ksize,
                 stride,
@@ -132,18 +149,55 @@ class DeformableConvolution2D(chainer.Chain):
                 offset_groups=offset_groups,
             )
 
-    def forward(self, x) -> chainer.Variable:
+    @property
+    def printable_specs(self):
+        yield from self.deform_conv.printable_specs
+        for name in 'modulated', 'mask_scale', 'max_offset':
+            yield name, getattr(self, name)
+
+    # In one line, at the prompt and in notebooks, too.
+    __str__ = __repr__ = chainer.Link.__str__
+
+    def forward(self, x, offset_input=None) -> chainer.Variable:
         """Applies the layer to ``x (n, in_channels, h, w)``.
+
+        Args:
+            x (:class:`~chainer.Variable` or :ref:`ndarray`): Images.
+            offset_input (:class:`~chainer.Variable` or :ref:`ndarray` or None): Feature
+                map ``(n, offset_in_channels, h, w)`` that the offsets (and the mask)
+                are predicted from, such as that of another frame. If ``None``, ``x``.
 
         Returns:
             ~chainer.Variable: ``y`` of shape ``(n, out_channels, out_h, out_w)``.
 
         """
-        offset = self.offset_conv(x)
-        if not self.modulated:
-            return self.deform_conv(x, offset)
-        offset, mask = F.split_axis(offset, [offset.shape[1] // 3 * 2], axis=1)
-        return self.deform_conv(x, offset, F.sigmoid(mask) * self.mask_scale)
+        n, _, h, w = _check_images('x', x, self.deform_conv.in_channels)
+        if offset_input is None:
+            offset_input = x
+        else:
+            channels = self.offset_conv.in_channels
+            _check_images('offset_input', offset_input, channels, n, h, w)
+        offset, mask = self.offset_conv(offset_input), None
+        if self.modulated:
+            offset, mask = F.split_axis(offset, [offset.shape[1] // 3 * 2], axis=1)
+            mask = F.sigmoid(mask) * self.mask_scale
+        if self.max_offset is not None:
+            offset = F.tanh(offset / self.max_offset) * self.max_offset
+        return self.deform_conv(x, offset, mask)
+
+
+def _check_images(name: str, images, c, n='n', h='h', w='w') -> tuple[int, ...]:
+    """The shape of images; sizes are numbers or, where any will do, names or None."""
+    shape = float_array(name, images).shape
+    expected = n, 'in_channels' if c is None else c, h, w
+    if len(shape) != 4 or any(
+        isinstance(size, int) and size != found for size, found in zip(expected, shape)
+    ):
+        raise type_check.InvalidType(
+            f'{name}.shape == ({", ".join(map(str, expected))})',
+            f'{name}.shape == {shape}',
+        )
+    return shape
 
 
 class DeformableConvolution2DSampler(chainer.Link):
@@ -236,6 +290,8 @@ class DeformableConvolution2DSampler(chainer.Link):
         ):
             yield name, getattr(self, name)
         yield 'nobias', self.b is None
+
+    __repr__ = chainer.Link.__str__
 
     def _initialize_params(self, in_channels: int) -> None:
         geometry = Geometry(

@@ -7,7 +7,9 @@ import chainer.links as L
 import numpy
 import pytest
 from chainer import serializers
+from chainer.utils.type_check import InvalidType
 
+from chainer_deform.link_hooks import SamplingHook
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
 
 x = numpy.random.RandomState(0).uniform(-1, 1, (2, 6, 9, 8)).astype('f')
@@ -178,6 +180,62 @@ class TestModulated:
             assert numpy.abs(param.grad).max() > 0, name
 
 
+class TestBoundedOffsets:
+    def test_formula(self):
+        numpy.random.seed(0)
+        layer = make_layer(max_offset=1.5)
+        layer.offset_conv.W.array *= 20
+        predicted = layer.offset_conv(x)
+        assert numpy.abs(predicted[:, :36].array).max() > 3
+        offset = 1.5 * F.tanh(predicted[:, :36] / 1.5)
+        expected = layer.deform_conv(x, offset, F.sigmoid(predicted[:, 36:]))
+        numpy.testing.assert_allclose(layer(x).array, expected.array, atol=1e-6)
+
+    @pytest.mark.parametrize('modulated', [False, True])
+    def test_what_is_recorded_is_bounded(self, modulated):
+        layer = make_layer(max_offset=0.5, modulated=modulated)
+        layer.offset_conv.W.array *= 1000
+        with SamplingHook(layer) as hook:
+            layer(x)
+        (call,) = hook.calls
+        assert 0.499 < numpy.abs(call.offset).max() <= 0.5
+
+    def test_no_bound_is_the_default(self):
+        layer = make_layer(modulated=False)
+        expected = layer.deform_conv(x, layer.offset_conv(x)).array
+        numpy.testing.assert_array_equal(layer(x).array, expected)
+
+
+class TestOffsetInput:
+    @pytest.mark.parametrize('options', [{}, {'in_channels': None}])
+    def test_offsets_come_from_it(self, options):
+        numpy.random.seed(0)
+        layer = make_layer(**options, offset_in_channels=2)
+        feature = numpy.random.uniform(-1, 1, (2, 2, 9, 8)).astype('f')
+        predicted = layer.offset_conv(feature)
+        assert layer.offset_conv.W.shape[1] == 2
+        expected = layer.deform_conv(x, predicted[:, :36], F.sigmoid(predicted[:, 36:]))
+        y = layer(x, offset_input=feature)
+        numpy.testing.assert_array_equal(y.array, expected.array)
+
+    def test_gradients(self):
+        layer = make_layer(offset_in_channels=2)
+        feature = numpy.random.uniform(-1, 1, (2, 2, 9, 8)).astype('f')
+        variables = chainer.Variable(x), chainer.Variable(feature)
+        F.sum(layer(*variables) ** 2).backward()
+        for variable in variables:
+            assert numpy.abs(variable.grad).max() > 0.01
+
+    def test_errors(self):
+        layer = make_layer(offset_in_channels=2)
+        for shape in (2, 3, 9, 8), (1, 2, 9, 8), (2, 2, 9, 9), (2, 9, 8):
+            with pytest.raises(InvalidType) as caught:
+                layer(x, numpy.zeros(shape, 'f'))
+            message = str(caught.value)
+            assert 'offset_input.shape == (2, 2, 9, 8)' in message
+            assert f'offset_input.shape == {shape}' in message
+
+
 class TestLink:
     def test_sampler_alone(self):
         layer = DeformableConvolution2DSampler(None, 4, 3, pad=1, nobias=True)
@@ -294,7 +352,17 @@ class TestLink:
         assert losses[-1] < 0.8 * losses[0]
 
     def test_describes_itself(self):
-        assert 'in_channels=6, out_channels=4, ksize=(3, 2)' in str(make_layer())
+        layer = make_layer(max_offset=2)
+        assert (
+            repr(layer)
+            == str(layer)
+            == (
+                'DeformableConvolution2D(in_channels=6, out_channels=4, ksize=(3, 2), '
+                'stride=(2, 1), pad=(1, 2), dilate=(1, 2), groups=2, offset_groups=3, '
+                'nobias=False, modulated=True, mask_scale=1.0, max_offset=2.0)'
+            )
+        )
+        assert repr(layer.deform_conv).startswith('DeformableConvolution2DSampler(in_')
 
 
 class TestErrors:
@@ -306,6 +374,8 @@ class TestErrors:
             ({'stride': (1, 0)}, ValueError, 'stride must be at least 1'),
             ({'pad': -1}, ValueError, 'pad must be at least 0'),
             ({'dilate': 'a'}, TypeError, 'dilate must be an int'),
+            ({'dilate': True}, TypeError, 'dilate must be an int .*, not True'),
+            ({'groups': True}, TypeError, 'groups must be an int, not True'),
             (
                 {'groups': 4},
                 ValueError,
@@ -334,3 +404,47 @@ class TestErrors:
         layer = DeformableConvolution2DSampler(None, 4, 3, groups=4, pad=1)
         with pytest.raises(ValueError, match='groups must divide'):
             layer(x, numpy.zeros((2, 18, 9, 8), 'f'))
+
+    @pytest.mark.parametrize(
+        ('options', 'error', 'message'),
+        [
+            (
+                {'modulated': 'yes'},
+                TypeError,
+                "modulated must be True or False, .*'yes'",
+            ),
+            ({'modulated': 1}, TypeError, 'modulated must be True or False, not 1'),
+            ({'max_offset': 0}, ValueError, 'max_offset must be above 0 .*, not 0'),
+            ({'max_offset': -1.0}, ValueError, 'max_offset must be above 0'),
+            ({'max_offset': float('inf')}, ValueError, 'max_offset must be .* finite'),
+            ({'max_offset': float('nan')}, ValueError, 'max_offset must be above 0'),
+            ({'max_offset': '2'}, TypeError, "max_offset must be a number, not '2'"),
+            ({'max_offset': True}, TypeError, 'max_offset must be a number, not True'),
+            ({'offset_in_channels': 0}, ValueError, 'offset_in_channels must be at'),
+        ],
+    )
+    def test_option_of_the_layer(self, options, error, message):
+        with pytest.raises(error, match='^' + message):
+            DeformableConvolution2D(6, 4, 3, **options)
+
+    @pytest.mark.parametrize(
+        ('images', 'error', 'message'),
+        [
+            (x[0], InvalidType, r'x\.shape == \(n, 6, h, w\)\n.*\(6, 9, 8\)'),
+            (x[:, :4], InvalidType, r'x\.shape == \(n, 6, h, w\)\n.*\(2, 4, 9, 8\)'),
+            (x.tolist(), TypeError, 'x must be a Variable or an array, not a list'),
+            ((255 * x).astype('uint8'), InvalidType, r'x\.dtype == uint8'),
+        ],
+    )
+    def test_input(self, images, error, message):
+        with pytest.raises(error, match=message):
+            make_layer()(images)
+
+    def test_wrong_number_of_offsets_says_the_rule(self):
+        layer = DeformableConvolution2DSampler(6, 4, 3, pad=1, offset_groups=2)
+        rule = r'offset\.shape == \(2, 36, 9, 8\) with 2 \* kh \* kw \* offset_groups'
+        with pytest.raises(InvalidType, match=rule) as caught:
+            layer(x, numpy.zeros((2, 18, 9, 8), 'f'))
+        assert 'mask' not in str(caught.value)
+        with pytest.raises(InvalidType, match=rule + '(.|\n)*mask, split it off'):
+            layer(x, numpy.zeros((2, 54, 9, 8), 'f'))
