@@ -86,7 +86,7 @@ def sampling_locations(
     return points
 
 
-def receptive_points(layers: Sequence, y: int, x: int):
+def receptive_points(layers: Sequence, y: int, x: int, image: int = 0):
     """The points of the first layer's input that an output pixel of the last reads.
 
     Starts at output pixel ``(y, x)`` of the last layer and goes down: each sampling
@@ -98,15 +98,20 @@ def receptive_points(layers: Sequence, y: int, x: int):
     one path leads to is there as many times.
 
     Each layer has to read the output of the one before, or something of the same size
-    such as its ReLU. A plain convolution between them takes part with zero offsets: put
-    ``sampling_locations(zeros, ...)[0]`` at its place.
+    such as its ReLU. What lies between them and has windows of its own, such as a
+    pooling or a plain convolution, is a layer, too.
 
     Args:
-        layers (sequence of :ref:`ndarray`): The sampling points of one image in each
-            layer, the first layer first: arrays of shape ``(offset_groups, kh * kw, 2,
-            out_h, out_w)``, as ``sampling_locations(...)[i]``. Any float dtypes.
+        layers (sequence): The layers, the first one first. Each is one of
+
+            - a call that a :class:`~chainer_deform.link_hooks.SamplingHook` recorded;
+            - sampling points of one image, of shape ``(offset_groups, kh * kw, 2,
+              out_h, out_w)``, as ``sampling_locations(...)[i]``, of any float dtype;
+            - a tuple ``(ksize, stride, pad)`` or ``(ksize, stride, pad, dilate)``, of a
+              pooling or a plain convolution.
         y (int): Row of the output pixel.
         x (int): Column of the output pixel.
+        image (int): Which image of the calls.
 
     Returns:
         :ref:`ndarray`: Points ``(y, x)`` in pixels of the first layer's input, of shape
@@ -114,8 +119,10 @@ def receptive_points(layers: Sequence, y: int, x: int):
         kw``, less those left out. They may lie outside the image.
 
     Raises:
-        TypeError: A layer is no array, or ``y`` or ``x`` is no int.
-        ValueError: There is no layer, or the last has no output pixel ``(y, x)``.
+        TypeError: A layer is none of these, or ``y``, ``x`` or ``image`` is no int.
+        ValueError: There is no layer, a layer does not give what the next one reads,
+            or the last has no output pixel ``(y, x)``. Of points that are given as an
+            array, it is not known what size they read.
         chainer.utils.type_check.InvalidType: The shape or dtype of a layer does not
             fit.
 
@@ -129,10 +136,26 @@ def receptive_points(layers: Sequence, y: int, x: int):
         ...  for count in (1, 2, 3)]
         [9, 81, 729]
 
+        Through a pooling of a network:
+
+        >>> L, F = chainer.links, chainer.functions
+        >>> model = chainer.Sequential(
+        ...     chainer_deform.links.DeformableConvolution2D(1, 4, 3, pad=1),
+        ...     lambda h: F.max_pooling_2d(h, 2),
+        ...     chainer_deform.links.DeformableConvolution2D(4, 4, 3, pad=1),
+        ... )
+        >>> with chainer_deform.link_hooks.SamplingHook(model) as hook:
+        ...     y = model(np.zeros((1, 1, 20, 28), np.float32))
+        >>> below, above = hook.calls
+        >>> pooling = 2, 2, 0
+        >>> len(chainer_deform.receptive_points([below, pooling, above], 5, 7))
+        324
+
     """
-    layers = [float_array(f'layers[{i}]', layer) for i, layer in enumerate(layers)]
+    layers = list(layers)
     if not layers:
         raise ValueError('layers must have at least one layer')
+    layers = _with_points(layers, integer('image', image, minimum=0))
     for i, layer in enumerate(layers):
         if layer.ndim != 5 or layer.shape[2] != 2:
             raise type_check.InvalidType(
@@ -148,6 +171,50 @@ def receptive_points(layers: Sequence, y: int, x: int):
         )
     with chainer.using_device(backend.get_device_from_array(layers[-1])):
         return _trace(layers, y, x)
+
+
+def _with_points(layers: list, image: int) -> list:
+    """The sampling points of each layer, once it is checked that they fit."""
+    found: list = []
+    for i, layer in enumerate(layers):
+        name = f'layers[{i}]'
+        given = found[-1].shape[-2:] if found else None
+        if isinstance(layer, tuple):
+            geometry = Geometry(*layer)
+            above = layers[i + 1] if i + 1 < len(layers) else None
+            sizes = [above.x_shape[2:]] if hasattr(above, 'x_shape') else []
+            if given is not None:
+                least = geometry.out_size(*given)
+                # With cover_all there is one more.
+                if sizes and not all(0 <= a - b <= 1 for a, b in zip(sizes[0], least)):
+                    raise ValueError(_misfit(i + 1, sizes[0], least))
+                sizes.append(least)
+            if not sizes:
+                raise ValueError(f'the size that {name} gives cannot be known')
+            points = _grid(numpy, geometry, *sizes[0], numpy.float32)
+            points = numpy.stack(list(points), 1)[None]
+        elif hasattr(layer, 'x_shape'):
+            if given not in (None, layer.x_shape[2:]):
+                raise ValueError(_misfit(i, layer.x_shape[2:], given))
+            if image >= layer.x_shape[0]:
+                raise ValueError(
+                    f'image must be below {layer.x_shape[0]}, the number of images of '
+                    f'{name}, but is {image}'
+                )
+            points = layer.locations()[image]
+        else:
+            points = float_array(name, layer)
+        found.append(points)
+    device = backend.get_device_from_array(found[-1])
+    return [device.send(points) for points in found]
+
+
+def _misfit(i: int, reads: tuple, given: tuple) -> str:
+    return (
+        f'layers[{i}] reads {reads[0]} by {reads[1]} pixels, but layers[{i - 1}] gives '
+        f'{given[0]} by {given[1]}; what lies between them is a layer, too, such as '
+        '(ksize, stride, pad) of a pooling'
+    )
 
 
 def _trace(layers: list, y: int, x: int):

@@ -1,12 +1,15 @@
 """Sampling points, alone and through several layers."""
 
 import chainer
+import chainer.functions as F
 import numpy
 import pytest
 from chainer.utils import type_check
 
 from chainer_deform import receptive_points, sampling_locations
 from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform.link_hooks import SamplingHook
+from chainer_deform.links import DeformableConvolution2D
 from tests.cases import CASES, Case
 
 
@@ -212,6 +215,51 @@ def test_points_of_the_first_layer_may_lie_outside_the_image():
     points = receptive_points([plain_points((5, 5), pad=3)], 0, 0)
     assert points.min() == -3
     assert len(points) == 9
+
+
+def recorded_calls():
+    """Of two layers with a pooling between them, for two images."""
+    numpy.random.seed(0)
+    model = chainer.Sequential(
+        DeformableConvolution2D(
+            1, 4, (3, 2), pad=1, offset_initialW=chainer.initializers.Normal(0.5)
+        ),
+        lambda h: F.max_pooling_2d(h, (3, 2), (2, 1), (1, 0)),
+        DeformableConvolution2D(4, 4, 3, stride=2, offset_initial_bias=0.3),
+    )
+    with SamplingHook(model) as hook:
+        model(numpy.random.uniform(-1, 1, (2, 1, 9, 12)).astype('f'))
+    return hook.calls
+
+
+@pytest.mark.parametrize('image', [0, 1])
+def test_calls_and_what_lies_between(image):
+    below, above = recorded_calls()
+    assert below.offset.shape[2:] == (9, 13)
+    assert above.x_shape[2:] == (5, 12)
+    pooling = sampling_locations(numpy.zeros((1, 12, 5, 12)), (3, 2), (2, 1), (1, 0))
+    expected = naive_receptive_points(
+        [below.locations()[image], pooling[0], above.locations()[image]], 1, 3
+    )
+    points = receptive_points([below, ((3, 2), (2, 1), (1, 0)), above], 1, 3, image)
+    assert len(points) > 100
+    numpy.testing.assert_array_equal(points, expected)
+
+
+def test_sizes_of_calls_must_fit():
+    below, above = recorded_calls()
+    message = r'layers\[1\] reads 5 by 12 pixels, but layers\[0\] gives 9 by 13'
+    with pytest.raises(ValueError, match=message):
+        receptive_points([below, above], 0, 0)
+    message = r'layers\[2\] reads 5 by 12 pixels, but layers\[1\] gives 3 by 4'
+    with pytest.raises(ValueError, match=message):
+        receptive_points([below, (3, 3, 0), above], 0, 0)
+    with pytest.raises(ValueError, match='image must be below 2, .*, but is 2'):
+        receptive_points([above], 0, 0, image=2)
+    with pytest.raises(ValueError, match=r'the size that layers\[0\] gives cannot'):
+        receptive_points([(3, 1, 1), below.locations()[0]], 0, 0)
+    with pytest.raises(ValueError, match='stride must be at least 1'):
+        receptive_points([below, (3, 0, 0), above], 0, 0)
 
 
 @pytest.mark.parametrize(
