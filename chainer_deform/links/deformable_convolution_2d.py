@@ -5,7 +5,7 @@ from __future__ import annotations
 import chainer
 import chainer.functions as F
 import chainer.links as L
-from chainer import initializers
+from chainer import initializers, serializers
 from chainer.utils import type_check
 
 from chainer_deform._checks import boolean, float_array, integer, positive
@@ -155,6 +155,20 @@ class DeformableConvolution2D(chainer.Chain):
         for name in 'modulated', 'mask_scale', 'max_offset':
             yield name, getattr(self, name)
 
+    def serialize(self, serializer) -> None:
+        """Reads or writes the parameters.
+
+        A file of a plain convolution fits, too: its filter and bias are read, and the
+        offset convolution stays as it is.
+        """
+        if not _is_of_plain_convolution(serializer):
+            super().serialize(serializer)
+            return
+        self.deform_conv.serialize(serializer)
+        if self.offset_conv.W.array is None:
+            in_channels = self.deform_conv.W.shape[1] * self.deform_conv.groups
+            self.offset_conv._initialize_params(in_channels)
+
     # In one line, at the prompt and in notebooks, too.
     __str__ = __repr__ = chainer.Link.__str__
 
@@ -184,6 +198,17 @@ class DeformableConvolution2D(chainer.Chain):
         if self.max_offset is not None:
             offset = F.tanh(offset / self.max_offset) * self.max_offset
         return self.deform_conv(x, offset, mask)
+
+
+def _is_of_plain_convolution(serializer) -> bool:
+    """Whether the layer is to be read from what a plain convolution has written."""
+    if isinstance(serializer, serializers.NpzDeserializer):
+        found, path = serializer.npz, serializer.path
+    elif isinstance(serializer, serializers.HDF5Deserializer) and serializer.group:
+        found, path = serializer.group, ''
+    else:
+        return False
+    return f'{path}W' in found and f'{path}deform_conv/W' not in found
 
 
 def _check_images(name: str, images, c, n='n', h='h', w='w') -> tuple[int, ...]:

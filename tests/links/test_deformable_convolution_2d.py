@@ -281,6 +281,29 @@ class TestLink:
         assert_same_parameters(layer, other)
         numpy.testing.assert_array_equal(layer(x).array, other(x).array)
 
+    @pytest.mark.parametrize('in_channels', [6, None])
+    @pytest.mark.parametrize('nobias', [False, True])
+    @pytest.mark.parametrize('kind', ['npz', 'hdf5'])
+    def test_loads_files_of_a_plain_convolution(
+        self, kind, nobias, in_channels, tmp_path
+    ):
+        options = {'stride': (2, 1), 'pad': (1, 2), 'groups': 2, 'dilate': (1, 2)}
+        plain = chainer.Sequential(
+            L.Convolution2D(6, 4, (3, 2), nobias=nobias, **options), F.relu
+        )
+        getattr(serializers, f'save_{kind}')(tmp_path / f'plain.{kind}', plain)
+        model = chainer.Sequential(
+            DeformableConvolution2D(
+                in_channels, 4, (3, 2), deform_nobias=nobias, **options
+            ),
+            F.relu,
+        )
+        getattr(serializers, f'load_{kind}')(tmp_path / f'plain.{kind}', model)
+        numpy.testing.assert_allclose(model(x).array, plain(x).array, atol=1e-5)
+        # What it writes is its own.
+        getattr(serializers, f'save_{kind}')(tmp_path / f'own.{kind}', model)
+        getattr(serializers, f'load_{kind}')(tmp_path / f'own.{kind}', model)
+
     def test_repeats(self):
         layer = DeformableConvolution2D(6, 6, 3, pad=1)
         for mode in 'init', 'copy', 'share':
