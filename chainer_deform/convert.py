@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import chainer
@@ -134,8 +135,8 @@ def from_torchvision(
             parameters are initialised. As with :func:`chainer.serializers.load_npz`,
             gradients and update rules stay as they are.
         state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
-            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes.
-            It is not changed.
+            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes,
+            bfloat16 included. It is not changed.
         prefix (str): How the keys of the layer begin, as ``'layer4.0.'``, where
             ``state_dict`` is that of a whole model. All that begin so have to be of the
             layer; others are left alone.
@@ -148,10 +149,13 @@ def from_torchvision(
 
     Raises:
         TypeError: ``link`` is of another class, ``state_dict`` no mapping, a name no
-            str, or an array holds no real numbers or is not to be read by NumPy.
-        ValueError: Keys are missing or superfluous, a shape does not fit, two names are
-            the same, or ``mask_conv`` is given for a link without a mask. Nothing is
-            changed then.
+            str, or an array holds no real numbers, has a mask, or is not to be read by
+            NumPy.
+        ValueError: Keys are missing or superfluous, a shape does not fit, a number is
+            too large for the dtype of its parameter, a parameter is read-only, two
+            names are the same, or ``mask_conv`` is given for a link without a mask.
+
+    Nothing is changed where there is an error, of whatever kind.
 
     .. seealso:: :func:`chainer_deform.convert.to_torchvision`
 
@@ -243,7 +247,7 @@ def from_mmcv(
     *,
     prefix: str = '',
 ) -> None:
-    """Copies the parameters of an mmcv layer into a link.
+    """Copies the parameters of an mmcv layer, or one like it, into a link.
 
     ============================= ======================================================
     mmcv                          Link
@@ -253,6 +257,13 @@ def from_mmcv(
     ``DeformConv2d``              ``DeformableConvolution2DSampler(..., nobias=True)``
     ``ModulatedDeformConv2d``     ``DeformableConvolution2DSampler(...)``
     ============================= ======================================================
+
+    The layers of detectron2 and the ``DCN`` of CenterNet compute the same and are read,
+    too. detectron2 has the offset convolution beside the layer, as
+    ``'res4.0.conv2_offset.weight'``, and the normalisation after it inside, as
+    ``'res4.0.conv2.norm.weight'``: with ``prefix='res4.0.conv2.'`` the former is found,
+    and the latter is left alone, as it is a layer of its own in Chainer. CenterNet
+    calls the offset convolution ``conv_offset_mask``.
 
     The link has to be made with the options of the module; ``offset_groups`` is what
     mmcv calls ``deform_groups``. The largest value of mmcv's mask is 1. If ``link`` has
@@ -265,19 +276,21 @@ def from_mmcv(
             parameters are initialised. As with :func:`chainer.serializers.load_npz`,
             gradients and update rules stay as they are.
         state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
-            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes.
-            It is not changed.
+            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes,
+            bfloat16 included. It is not changed.
         prefix (str): How the keys of the layer begin, as ``'layer4.0.conv2.'``, where
             ``state_dict`` is that of a whole model. All that begin so have to be of the
-            layer; others are left alone. (Early files have the offset convolution
-            beside the layer, as ``'layer4.0.conv2_offset.weight'``. It is found there,
-            too.)
+            layer, but for its ``norm``; others are left alone.
 
     Raises:
         TypeError: ``link`` is of another class, ``state_dict`` no mapping, ``prefix``
-            no str, or an array holds no real numbers or is not to be read by NumPy.
-        ValueError: Keys are missing or superfluous, a shape does not fit, or
-            ``mask_scale`` is 0. Nothing is changed then.
+            no str, or an array holds no real numbers, has a mask, or is not to be read
+            by NumPy.
+        ValueError: Keys are missing or superfluous, a shape does not fit, a number is
+            too large for the dtype of its parameter, a parameter is read-only, or
+            ``mask_scale`` is 0, infinite or NaN.
+
+    Nothing is changed where there is an error, of whatever kind.
 
     .. seealso:: :func:`chainer_deform.convert.to_mmcv`
 
@@ -299,14 +312,30 @@ def from_mmcv(
     """
     _check_strs(prefix=prefix)
     _check_mapping(state_dict)
-    offset = f'{prefix}conv_offset.'
-    beside = f'{prefix[:-1]}_offset.'
-    if f'{offset}weight' not in state_dict and f'{beside}weight' in state_dict:
-        offset = beside
+    offsets = (
+        f'{prefix}conv_offset.',
+        f'{prefix}conv_offset_mask.',  # CenterNet and early mmdetection
+        f'{prefix[:-1]}_offset.',  # detectron2 and early mmdetection
+    )
+    if (
+        isinstance(link, DeformableConvolution2D)
+        and f'{prefix}weight' not in state_dict
+    ):
+        layers = _mmcv_layers(state_dict)
+        if layers:
+            raise ValueError(
+                f'prefix must be that of a layer, {_listed(layers)}, not {prefix!r}'
+            )
+    found = [offset for offset in offsets if f'{offset}weight' in state_dict]
+    offset = found[0] if found else offsets[0]
     factor = _mask_scale(link)
-    if not factor:
-        raise ValueError("mask_scale must not be 0, as mmcv's mask is not")
-    _load(_parts(link, prefix, offset, factor=factor), state_dict, prefix)
+    if not factor or not numpy.isfinite(factor):
+        raise ValueError(
+            "mask_scale must not be 0, infinite or NaN, as mmcv's mask is up to 1, but "
+            f'is {factor}'
+        )
+    parts = _parts(link, prefix, offset, factor=factor)
+    _load(parts, state_dict, prefix, another=f'{prefix}norm.')
 
 
 def to_mmcv(
@@ -330,8 +359,9 @@ def to_mmcv(
 
     Raises:
         TypeError: ``link`` is of another class, or ``prefix`` is no str.
-        ValueError: The link is not initialised yet, or it has a bias but no mask:
-            mmcv's ``DeformConv2dPack`` has no bias.
+        ValueError: The link is not initialised yet, the filter times ``mask_scale`` is
+            too large for its dtype, or the link has a bias but no mask: mmcv's
+            ``DeformConv2dPack`` has no bias.
 
     .. seealso:: :func:`chainer_deform.convert.from_mmcv`
 
@@ -363,6 +393,17 @@ def to_mmcv(
     return state_dict
 
 
+def _mmcv_layers(state_dict: Mapping) -> set[str]:
+    """How the keys of layers with an offset convolution begin."""
+    layers = set()
+    for key in map(str, state_dict):
+        for end in '.conv_offset.weight', '.conv_offset_mask.weight', '_offset.weight':
+            layer = f'{key[: -len(end)]}.'
+            if key.endswith(end) and f'{layer}weight' in state_dict:
+                layers.add(layer)
+    return layers
+
+
 class _Part(NamedTuple):
     """What an array of the other library holds of a link.
 
@@ -372,6 +413,7 @@ class _Part(NamedTuple):
         rows: Which rows of the parameter, in the other library's order.
         factor: What they are multiplied by.
         nobias: The option that says whether there is a bias.
+        name: Path of the parameter in the link.
 
     """
 
@@ -380,6 +422,7 @@ class _Part(NamedTuple):
     rows: numpy.ndarray
     factor: float
     nobias: str
+    name: str
 
     def shape(self, in_channels: int) -> tuple[int, ...]:
         """Shape of the array, for a link of so many input channels."""
@@ -404,24 +447,27 @@ def _parts(
 
     """
     if isinstance(link, DeformableConvolution2D):
-        sampler, nobias = link.deform_conv, 'deform_nobias'
+        sampler, path, nobias = link.deform_conv, 'deform_conv/', 'deform_nobias'
     else:
         _check_link(link)
-        sampler, nobias = link, 'nobias'
-    convs = [(deform, sampler, numpy.arange(sampler.out_channels), factor, nobias)]
+        sampler, path, nobias = link, '', 'nobias'
+    rows = numpy.arange(sampler.out_channels)
+    convs = [(deform, sampler, rows, factor, nobias, path)]
     if link is not sampler:
         kh, kw = sampler.ksize
         order = interleaved_order(sampler.offset_groups, kh * kw)
         rows = numpy.arange(link.offset_conv.out_channels)
         rows[: len(order)] = order
         end = len(rows) if mask is None else len(order)
-        convs.append((offset, link.offset_conv, rows[:end], 1.0, 'offset_nobias'))
+        rest = 1.0, 'offset_nobias', 'offset_conv/'
+        convs.append((offset, link.offset_conv, rows[:end], *rest))
         if mask is not None:
-            convs.append((mask, link.offset_conv, rows[end:], 1.0, 'offset_nobias'))
+            convs.append((mask, link.offset_conv, rows[end:], *rest))
     parts = {}
-    for start, conv, rows, weight_factor, nobias in convs:
-        parts[f'{start}weight'] = _Part(conv, conv.W, rows, weight_factor, nobias)
-        parts[f'{start}bias'] = _Part(conv, conv.b, rows, 1.0, nobias)
+    for start, conv, rows, weight_factor, nobias, path in convs:
+        weight = _Part(conv, conv.W, rows, weight_factor, nobias, f'{path}W')
+        parts[f'{start}weight'] = weight
+        parts[f'{start}bias'] = _Part(conv, conv.b, rows, 1.0, nobias, f'{path}b')
     return parts
 
 
@@ -453,9 +499,17 @@ def _mask_scale(link) -> float:
     return float(link.mask_scale) if getattr(link, 'modulated', False) else 1.0
 
 
-def _load(parts: dict[str, _Part], state_dict: Mapping, prefix: str) -> None:
-    """Copies arrays into the link, once all of them are found to fit."""
-    _check_keys(parts, state_dict, prefix)
+def _load(
+    parts: dict[str, _Part],
+    state_dict: Mapping,
+    prefix: str,
+    another: str | None = None,
+) -> None:
+    """Copies arrays into the link, once all of them are found to fit.
+
+    ``another`` is how the keys of another layer begin, if they begin with ``prefix``.
+    """
+    _check_keys(parts, state_dict, prefix, another)
     parts = {key: part for key, part in parts.items() if part.param is not None}
     arrays = {key: _array(key, state_dict[key]) for key in parts}
     in_channels = _in_channels(parts, arrays)
@@ -465,32 +519,88 @@ def _load(parts: dict[str, _Part], state_dict: Mapping, prefix: str) -> None:
             raise ValueError(
                 f'state_dict[{key!r}] must have the shape {expected}, not {found}'
             )
-    for part in parts.values():
-        if part.param.array is None:
-            rows = part.conv.out_channels
-            part.param.initialize((rows, *part.shape(in_channels)[1:]))
-    converted = [
-        numpy.divide(arrays[key], part.factor, dtype=float).astype(part.param.dtype)
-        for key, part in parts.items()
-    ]
-    for (_, param, rows, _, _), array in zip(parts.values(), converted):
-        with chainer.using_device(param.device):
-            param.array[param.device.send(rows)] = param.device.send(array)
+    new: dict[str, tuple[chainer.Parameter, numpy.ndarray]] = {}
+    for key, part in parts.items():
+        shape = part.conv.out_channels, *part.shape(in_channels)[1:]
+        dtype = _writable_dtype(part, shape)
+        _, whole = new.setdefault(part.name, (part.param, numpy.empty(shape, dtype)))
+        whole[part.rows] = _converted(
+            f'state_dict[{key!r}]', part, arrays[key], numpy.divide, dtype
+        )
+    _write(list(new.values()))
 
 
 def _save(parts: dict[str, _Part]) -> dict[str, numpy.ndarray]:
     state_dict = {}
-    for key, (_, param, rows, factor, _) in parts.items():
-        if param is None:
+    for key, part in parts.items():
+        if part.param is None:
             continue
-        if param.array is None:
+        if part.param.array is None:
             raise ValueError(
                 'link is not initialised yet: call it once or make it with in_channels'
             )
-        array = backend.CpuDevice().send(param.array)[rows]
-        scaled = numpy.multiply(array, factor, dtype=float)
-        state_dict[key] = scaled.astype(array.dtype)
+        array = backend.CpuDevice().send(part.param.array)[part.rows]
+        state_dict[key] = _converted('link', part, array, numpy.multiply, array.dtype)
     return state_dict
+
+
+def _writable_dtype(part: _Part, shape: tuple[int, ...]) -> numpy.dtype:
+    """The dtype of a parameter, which an array of this shape can be written into."""
+    array = part.param.array
+    if array is None:  # as Parameter.initialize() has it
+        return chainer.get_dtype(getattr(part.param.initializer, 'dtype', None))
+    if array.shape != shape:
+        raise ValueError(
+            f'{part.name} of link must have the shape {shape}, not {array.shape}'
+        )
+    flags = getattr(array, 'flags', None)
+    if not getattr(flags, 'writeable', True):  # arrays on a GPU always are
+        raise ValueError(f'{part.name} of link must not be read-only')
+    return array.dtype
+
+
+def _converted(
+    where: str, part: _Part, array: numpy.ndarray, scale: Callable, dtype: numpy.dtype
+) -> numpy.ndarray:
+    """An array divided or multiplied by the factor, in another dtype.
+
+    Raises:
+        ValueError: A number becomes infinite or NaN.
+
+    """
+    with numpy.errstate(all='ignore'):
+        result = scale(array, part.factor, dtype=float).astype(dtype)
+    lost = numpy.isfinite(array) & ~numpy.isfinite(result)
+    if lost.any():
+        verb = 'divided' if scale is numpy.divide else 'multiplied'
+        scaled = '' if part.factor == 1 else f' {verb} by mask_scale, {part.factor},'
+        raise ValueError(
+            f'{where} has the number {array[lost][0]}, which{scaled} is too large for '
+            f'{part.name}, {dtype} (at most {numpy.finfo(dtype).max})'
+        )
+    return result
+
+
+def _write(new: list[tuple[chainer.Parameter, numpy.ndarray]]) -> None:
+    """Writes arrays into parameters: into all of them or, with an error, into none."""
+    old = []
+    try:
+        for param, array in new:
+            before = param.array if param.array is None else param.array.copy()
+            old.append((param, before, dict(vars(param))))
+            if before is None:
+                param.initialize(array.shape)
+            with chainer.using_device(param.device):
+                param.array[...] = param.device.send(array)
+    except BaseException:
+        for param, before, attributes in old:
+            with contextlib.suppress(Exception):  # the one that cannot be written
+                if before is None:
+                    param.array = None
+                    vars(param).update(attributes)
+                else:
+                    param.array[...] = before
+        raise
 
 
 def _in_channels(parts: dict[str, _Part], arrays: dict) -> int:
@@ -520,24 +630,40 @@ def _in_channels(parts: dict[str, _Part], arrays: dict) -> int:
 
 
 def _array(key: str, value) -> numpy.ndarray:
+    if isinstance(value, numpy.ma.MaskedArray):
+        raise TypeError(
+            f'state_dict[{key!r}] must be an array without a mask, not a '
+            f'{type(value).__name__}: fill it, as with .filled(0)'
+        )
     try:
+        if str(getattr(value, 'dtype', '')) == 'torch.bfloat16':
+            value = value.float()  # NumPy has no such dtype
         array = numpy.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:  # say, on a GPU
         raise TypeError(
             f'state_dict[{key!r}] must be an array that NumPy can read, not a '
             f'{type(value).__name__}: {error}'
         ) from error
+    if array.dtype.name == 'bfloat16':  # of ml_dtypes
+        array = array.astype(numpy.float32)
     if array.dtype.kind not in 'fiu':
+        hint = ''
+        if array.dtype == 'V2':
+            hint = ' (bfloat16 from a file? array.view(ml_dtypes.bfloat16) makes it so)'
         raise TypeError(
-            f'state_dict[{key!r}] must hold real numbers, not {array.dtype}'
+            f'state_dict[{key!r}] must hold real numbers, not {array.dtype}{hint}'
         )
     return array
 
 
-def _check_keys(parts: dict[str, _Part], state_dict: Mapping, prefix: str) -> None:
+def _check_keys(
+    parts: dict[str, _Part], state_dict: Mapping, prefix: str, another: str | None
+) -> None:
     expected = {key for key, part in parts.items() if part.param is not None}
     # str(), as a mapping may have other keys.
     found = {key for key in state_dict if str(key).startswith(prefix) or key in parts}
+    if another is not None:
+        found = {key for key in found if not str(key).startswith(another)}
     if found == expected:
         return
     message = f'state_dict must have the keys {_listed(expected)}'
@@ -560,7 +686,21 @@ def _check_keys(parts: dict[str, _Part], state_dict: Mapping, prefix: str) -> No
                 f'; {"with" if key in found else "without"} {key!r} the link has to be '
                 f'made with {part.nobias}={key not in found}'
             )
-    raise ValueError(message)
+    raise ValueError(message + _hint_for_plain_weights(parts, found, prefix))
+
+
+def _hint_for_plain_weights(parts: dict[str, _Part], found: set, prefix: str) -> str:
+    """What to do with weights that have none of an offset convolution beside them."""
+    weight, part = next(iter(parts.items()))
+    if part.nobias == 'nobias':  # link is a sampler
+        return ''
+    for start in weight[: -len('weight')], prefix:
+        if f'{start}weight' in found and found <= {f'{start}weight', f'{start}bias'}:
+            return (
+                '; for weights alone, without an offset convolution, give '
+                f'link.deform_conv in the place of link, with prefix={start!r}'
+            )
+    return ''
 
 
 def _listed(keys) -> str:

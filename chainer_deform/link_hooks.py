@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import chainer
+from chainer.links.connection import deformable_convolution_2d as chainers
 
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
 from chainer_deform.locations import sampling_locations
 
 __all__ = ['SamplingCall', 'SamplingHook']
+
+#: The layer and its sampler, of this package and of Chainer. (Nothing can have called
+#: patch_chainer() before this module is imported.)
+OURS = DeformableConvolution2D, DeformableConvolution2DSampler
+CHAINERS_OWN = chainers.DeformableConvolution2D, chainers.DeformableConvolution2DSampler
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +89,10 @@ class SamplingHook(chainer.LinkHook):
     and as ``link.add_hook(hook)``, for a sampler (``layer.deform_conv``). It keeps the
     arrays of every call alive, on their device; ``hook.calls.clear()`` lets go of them.
 
+    A warning says so, once, if the model has no deformable layer, or has layers of
+    Chainer's own class, which are not recorded: call
+    :func:`chainer_deform.patch_chainer` before the model is built.
+
     Args:
         model (~chainer.Link or None): Where the names come from: a layer is called by
             its path in this model, as in ``model.namedlinks()`` but without the first
@@ -116,16 +128,36 @@ class SamplingHook(chainer.LinkHook):
         self.name = f'SamplingHook {id(self)}'  # there may be several
         self.calls: list[SamplingCall] = []
         self._layers = None if model is None else named_layers(model)
+        self._silent = model is None  # neither recorded a call nor warned
+        if model is not None:
+            warn_of_unseen('SamplingHook', {'': model}, stacklevel=3)
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        if self._silent and not any(error):
+            self._silent = False
+            warnings.warn(f'SamplingHook: {_NO_LAYER} was called', stacklevel=2)
 
     def forward_postprocess(self, args) -> None:
         link = args.link
+        if self._silent and isinstance(link, CHAINERS_OWN[1]):
+            self._silent = False
+            warnings.warn(f'SamplingHook: {_own_layers([link.name])}', stacklevel=2)
         if not isinstance(link, DeformableConvolution2DSampler):
             return
+        self._silent = False
         if self._layers is None:
             self.calls.append(sampling_call(args, link.name or ''))
         for name, layer in (self._layers or {}).items():
             if layer is link:
                 self.calls.append(sampling_call(args, name))
+
+
+def hook_on(layers: dict[str, DeformableConvolution2DSampler]) -> SamplingHook:
+    """A hook that records these layers, by these names, and warns of nothing."""
+    hook = SamplingHook()
+    hook._layers, hook._silent = layers, False
+    return hook
 
 
 def sampling_call(args, name: str) -> SamplingCall:
@@ -141,14 +173,58 @@ def sampling_call(args, name: str) -> SamplingCall:
     )
 
 
-def named_layers(model: chainer.Link) -> dict[str, DeformableConvolution2DSampler]:
-    """All samplers of a model by the path of the layer; see :class:`SamplingHook`."""
+def named_layers(
+    model: chainer.Link, classes: tuple[type, type] = OURS
+) -> dict[str, chainer.Link]:
+    """All samplers of a model by the path of the layer; see :class:`SamplingHook`.
+
+    ``classes`` are those of the layer and of its sampler.
+    """
+    layer, sampler = classes
     layers = {}
     links = list(model.namedlinks())
     for path, link in links:
-        if isinstance(link, DeformableConvolution2D):
+        if isinstance(link, layer) and isinstance(link.deform_conv, sampler):
             layers.setdefault(id(link.deform_conv), (path, link.deform_conv))
     for path, link in links:
-        if isinstance(link, DeformableConvolution2DSampler):
+        if isinstance(link, sampler):
             layers.setdefault(id(link), (path, link))
     return {path.strip('/'): link for path, link in layers.values()}
+
+
+def warn_of_unseen(
+    name: str, models: Mapping[str, chainer.Link], stacklevel: int = 2
+) -> None:
+    """Warns of layers that cannot be recorded, and if there are none that can.
+
+    Args:
+        name: Who warns.
+        models: The models, by how the paths of their layers begin.
+        stacklevel: That of the caller's ``warnings.warn``.
+
+    """
+    own = [
+        f'{start}/{path}'.strip('/')
+        for start, model in models.items()
+        for path in named_layers(model, CHAINERS_OWN)
+    ]
+    if own:
+        warnings.warn(f'{name}: {_own_layers(own)}', stacklevel=stacklevel)
+    elif not any(map(named_layers, models.values())):
+        warnings.warn(f'{name}: {_NO_LAYER} is in the model', stacklevel=stacklevel)
+
+
+_NO_LAYER = (
+    'no layer of chainer_deform.links (calls of the function alone are not seen)'
+)
+
+
+def _own_layers(paths: list) -> str:
+    """What is said of layers of Chainer's own class."""
+    more = f' and {len(paths) - 4} more' if len(paths) > 4 else ''
+    return (
+        "nothing is seen of deformable layers of Chainer's own class "
+        f'({", ".join(map(repr, paths[:4]))}{more}): call '
+        'chainer_deform.patch_chainer() before the model is built, or build it of '
+        'chainer_deform.links'
+    )

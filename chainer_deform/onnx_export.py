@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import re
@@ -16,6 +15,7 @@ import numpy
 
 from chainer_deform import _onnx_converters
 from chainer_deform._checks import integer
+from chainer_deform._files import replacing
 from chainer_deform._version import __version__
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ _MIN_OPSET = 19
 #: there, and moves to the standard's when all other nodes have been brought to the
 #: opset asked for.
 _CHAINER_OPSET = 11
+#: Protobuf's limit, which holds for what onnx's checker and converter are given, too.
+_MOST_BYTES = 2**31 - 1
 
 #: What is said of functions without an ONNX form, beside their name.
 _HINTS = {
@@ -108,8 +110,9 @@ def export(
     Warns:
         UserWarning: A number in the file depends on a size that is left open.
 
-    The file is written beside its place and moved there: after an error there is none,
-    or still the one that was there before.
+    The file is written beside its place and moved there when it is complete and on
+    disk: after an error there is none, or still the one that was there before. Files
+    have at most 2 GiB; a model with more parameters is refused.
 
     .. seealso:: :func:`chainer_deform.patch_chainer`, for models with Chainer's own
         layer, which cannot be exported.
@@ -156,7 +159,9 @@ def export(
             + re.sub(r'\b([A-Za-z]\w*?)_\d+(_tmp_\d+|_const_\w+)*\b', _in_words, str(e))
         ) from e
     if filename is not None:
-        _write(os.fsdecode(filename), exported.SerializeToString())
+        content = exported.SerializeToString()
+        with replacing(filename) as file:
+            file.write(content)
     return exported
 
 
@@ -231,6 +236,13 @@ class _Traced:
         self.outputs = []
         with self._keep, _Watch(), _onnx_converters.rounding_as_nodes():
             outputs = self._model(*args, **kwargs)
+            arrays = [param.array for _, param in self.namedparams()]
+            size = sum(array.nbytes for array in arrays if array is not None)
+            if size > _MOST_BYTES:
+                raise RuntimeError(
+                    f'the model cannot be exported: its parameters have {size} bytes, '
+                    f'but ONNX files have at most {_MOST_BYTES}'
+                )
             if isinstance(outputs, dict):
                 return {name: self._once(y) for name, y in outputs.items()}
             if isinstance(outputs, (list, tuple)):
@@ -494,18 +506,3 @@ def _at_opset(onnx, exported, opset_version: int):
     exported = onnx.shape_inference.infer_shapes(exported)
     onnx.checker.check_model(exported, full_check=True)
     return exported
-
-
-def _write(path: str, content: bytes) -> None:
-    path = os.path.realpath(path)  # a link stays a link
-    part = f'{path}.{os.getpid()}.part'
-    try:
-        with open(part, 'wb') as f:
-            f.write(content)
-        os.replace(part, path)
-    except BaseException as e:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        if isinstance(e, OSError):
-            raise OSError(e.errno, e.strerror, path) from None
-        raise

@@ -52,7 +52,9 @@ def plot_sampling_points(
         image (:class:`~chainer.Variable` or :ref:`ndarray`): One image, ``(c, h, w)``
             or ``(h, w)``, of any dtype and range: uint8 values, bools and floats from 0
             to 1 are shown as they are, else the smallest value is black and the largest
-            white. Three channels are RGB; the mean of any other number is grey.
+            white. Three channels are RGB; the mean of any other number is grey. What
+            looks like ``(h, w, c)``, more than 4 by more than 4 by 1, 3 or 4, is an
+            error.
         points (:ref:`ndarray` or sequence of :ref:`ndarray`): The sampling points of
             the image in a layer, ``(offset_groups, kh * kw, 2, out_h, out_w)``, as
             ``chainer_deform.sampling_locations(...)[i]``; or points ``(y, x)`` in an
@@ -315,6 +317,12 @@ def _displayed(image) -> numpy.ndarray:
         raise type_check.InvalidType(
             'image.shape == (c, h, w) or (h, w), of numbers',
             f'image.shape == {image.shape} and image.dtype == {image.dtype}',
+        )
+    if image.ndim == 3 and image.shape[2] in (1, 3, 4) and min(image.shape[:2]) > 4:
+        raise type_check.InvalidType(
+            'image.shape == (c, h, w) or (h, w)',
+            f'image.shape == {image.shape}, which looks like (h, w, c): give '
+            'image.transpose(2, 0, 1), or image.mean(axis=0) if it is (c, h, w)',
         )
     largest = 255 if image.dtype == numpy.uint8 else 1
     image = image.astype(float)

@@ -357,6 +357,77 @@ class TestMmcv:
         with pytest.raises(ValueError, match="lacks 'conv2_offset.bias'"):
             from_mmcv(other, early, prefix='conv2.')
 
+    def test_block_of_detectron2(self, random):
+        layer = make_layer(deform_nobias=True)
+        other = make_layer(None, deform_nobias=True)
+        state = mmcv_state(random)
+        del state['bias']
+        from_mmcv(layer, state)
+        block = {
+            'res4.0.conv2.weight': state['weight'],
+            'res4.0.conv2_offset.weight': state['conv_offset.weight'],
+            'res4.0.conv2_offset.bias': state['conv_offset.bias'],
+        }
+        for conv in 'conv1', 'conv2', 'conv3':
+            for name in 'weight', 'bias', 'running_mean', 'running_var':
+                block[f'res4.0.{conv}.norm.{name}'] = random.standard_normal(4)
+        block['res4.0.conv1.weight'] = random.standard_normal((6, 8, 1, 1))
+        block['res4.0.conv3.weight'] = random.standard_normal((8, 4, 1, 1))
+        from_mmcv(other, block, prefix='res4.0.conv2.')
+        assert_same(arrays_of(other), arrays_of(layer))
+        before = arrays_of(other)
+        for prefix in '', 'res4.', 'res4.0.':
+            message = f"prefix must be that of a layer, 'res4.0.conv2.', not '{prefix}'"
+            with pytest.raises(ValueError, match=message):
+                from_mmcv(other, block, prefix=prefix)
+        # Only a norm is left alone.
+        block['res4.0.conv2.normal'] = numpy.zeros(3)
+        with pytest.raises(ValueError, match="has 'res4.0.conv2.normal' besides$"):
+            from_mmcv(other, block, prefix='res4.0.conv2.')
+        assert_same(arrays_of(other), before)
+
+    def test_layer_of_centernet(self, random):
+        layer, other = make_layer(), make_layer()
+        state = mmcv_state(random)
+        from_mmcv(layer, state)
+        theirs = {
+            f'up.proj_1.conv.{key.replace("offset", "offset_mask")}': array
+            for key, array in state.items()
+        }
+        theirs['up.proj_1.actf.0.weight'] = numpy.zeros(4)
+        from_mmcv(other, theirs, prefix='up.proj_1.conv.')
+        assert_same(arrays_of(other), arrays_of(layer))
+        del theirs['up.proj_1.conv.conv_offset_mask.bias']
+        with pytest.raises(
+            ValueError, match="lacks 'up.proj_1.conv.conv_offset_mask.b"
+        ):
+            from_mmcv(other, theirs, prefix='up.proj_1.conv.')
+        with pytest.raises(ValueError, match="of a layer, 'up.proj_1.conv.', not ''"):
+            from_mmcv(other, theirs)
+
+    @pytest.mark.parametrize('mask_scale', [numpy.nan, numpy.inf, -numpy.inf])
+    def test_mask_scale_that_is_not_finite(self, random, mask_scale):
+        layer = make_layer(mask_scale=mask_scale)
+        before = arrays_of(layer)
+        with pytest.raises(ValueError, match=f'mask_scale must .* is {mask_scale}'):
+            from_mmcv(layer, mmcv_state(random))
+        assert_same(arrays_of(layer), before)
+
+    def test_mask_scale_makes_a_number_too_large(self, random):
+        state = mmcv_state(random)
+        layer = make_layer(mask_scale=1e-39)
+        before = arrays_of(layer)
+        message = (
+            r"dict\['weight'\] .* divided by mask_scale, 1e-39, .* deform_conv/W, f"
+        )
+        with pytest.raises(ValueError, match=message):
+            from_mmcv(layer, state)
+        assert_same(arrays_of(layer), before)
+        layer.mask_scale = 1e39
+        message = 'link has .* multiplied by mask_scale, 1e.39, is too large for deform'
+        with pytest.raises(ValueError, match=message):
+            to_mmcv(layer)
+
     def test_key_of_early_files_that_is_of_another_layer(self, random):
         """Beside a layer that has an offset convolution of its own."""
         layer, other = make_layer(), make_layer()
@@ -525,6 +596,221 @@ class NotForNumPy:
         raise TypeError('not on this device')
 
 
+class Broken(numpy.ndarray):
+    """It cannot be written: some of it is, then there is an error."""
+
+    error: BaseException
+
+    def __setitem__(self, key, value):
+        numpy.asarray(self).flat[0] = 99
+        raise Broken.error
+
+
+class Fails(chainer.initializer.Initializer):
+    def __call__(self, array):
+        raise ArithmeticError('initializer')
+
+
+@from_and_to
+class TestNothingIsChanged:
+    """Whatever is wrong with the last part, none is written."""
+
+    def test_read_only(self, load, save):
+        state = save(make_layer())
+        for name in 'offset_conv/W', 'offset_conv/b', 'deform_conv/W', 'deform_conv/b':
+            link = make_layer()
+            before = arrays_of(link)
+            dict(link.namedparams())[f'/{name}'].array.flags.writeable = False
+            with pytest.raises(ValueError, match=f'{name} of link must not be read-'):
+                load(link, state)
+            assert_same(arrays_of(link), before)
+        sampler = make_sampler()
+        sampler.b.array.flags.writeable = False
+        with pytest.raises(ValueError, match='^b of link must not be read-only'):
+            load(sampler, save(make_sampler()))
+
+    @pytest.mark.parametrize('in_channels', [6, None])
+    @pytest.mark.parametrize('errors', ['ignore', 'warn', 'raise'])
+    @pytest.mark.parametrize(
+        ('dtype', 'source', 'number'),
+        [
+            ('float16', 'float32', 65520),
+            ('float16', 'int64', -70000),
+            ('float32', 'float64', 1e39),
+            ('float32', 'longdouble', 1e300),
+        ],
+    )
+    def test_number_that_is_too_large(
+        self, load, save, in_channels, errors, dtype, source, number
+    ):
+        good = as_dtype(save(make_layer()), source)
+        largest = numpy.finfo(dtype).max
+        with chainer.using_config('dtype', numpy.dtype(dtype)):
+            link = make_layer(in_channels)
+            before = arrays_of(link)
+            for key, array in good.items():
+                bad = array.copy()
+                bad.flat[1] = number
+                too_large = pytest.raises(ValueError, match='too large')
+                with numpy.errstate(all=errors), too_large as caught:
+                    load(link, {**good, key: bad})
+                name = 'offset_conv/' if 'offset' in key else 'deform_conv/'
+                name += 'W' if 'weight' in key else 'b'
+                assert str(caught.value) == (
+                    f'state_dict[{key!r}] has the number {bad.flat[1]}, which is too '
+                    f'large for {name}, {dtype} (at most {largest})'
+                )
+                assert_same(arrays_of(link), before)
+            array.flat[1] = largest
+            load(link, good)
+
+    def test_infinite_numbers_stay_what_they_are(self, load, save):
+        with chainer.using_config('dtype', numpy.float16):
+            link = make_layer()
+        state = as_dtype(save(make_layer()), 'float64')
+        for array in state.values():
+            array.flat[:3] = numpy.nan, numpy.inf, -numpy.inf
+        load(link, state)
+        assert_same(save(link), as_dtype(state, 'float16'))
+
+    @pytest.mark.parametrize('mask', [False, True, [True] + [False] * 3])
+    def test_masked_array(self, load, save, mask):
+        link, state = make_layer(), save(make_layer())
+        before = arrays_of(link)
+        (last,) = (key for key, array in state.items() if array.shape == (4,))
+        state[last] = numpy.ma.masked_array(state[last], mask)
+        with pytest.raises(
+            TypeError, match=r'mask, not a MaskedArray: .*\.filled\(0\)'
+        ):
+            load(link, state)
+        assert_same(arrays_of(link), before)
+
+    @pytest.mark.parametrize('name', ['offset_conv/W', 'offset_conv/b'])
+    @pytest.mark.parametrize('error', [ArithmeticError, KeyboardInterrupt])
+    def test_copying_fails(self, load, save, name, error):
+        for in_channels in 6, None:
+            link, state = make_layer(in_channels), save(make_layer())
+            if in_channels is None:
+                link.offset_conv.W.initialize((54, 6, 3, 2))
+            param = dict(link.namedparams())[f'/{name}']
+            before, attributes = arrays_of(link), dict(vars(link.deform_conv.W))
+            Broken.error = error('while copying')
+            param.array = param.array.view(Broken)
+            with pytest.raises(error, match='while copying'):
+                load(link, state)
+            param.array = before[f'/{name}']  # which could not be written back
+            assert_same(arrays_of(link), before)
+            if in_channels is None:
+                found = vars(link.deform_conv.W)
+                assert {name: found[name] for name in attributes} == attributes
+                with pytest.raises(RuntimeError, match='grad'):  # as before
+                    link.deform_conv.W.grad  # noqa: B018
+            load(link, state)
+            assert_same(save(link), state)
+
+    def test_initializer_fails(self, load, save):
+        link, state = make_layer(None, offset_initialW=Fails()), save(make_layer())
+        link.deform_conv.cleargrads()
+        before = arrays_of(link)
+        with pytest.raises(ArithmeticError, match='initializer'):
+            load(link, state)
+        assert_same(arrays_of(link), before)
+        assert link.deform_conv.W.grad is None
+        link.offset_conv.W.initializer = chainer.initializers.Zero()
+        load(link, state)
+        assert_same(save(link), state)
+
+    def test_parameter_of_another_shape(self, load, save):
+        link, state = make_layer(), save(make_layer())
+        link.offset_conv.b.array = numpy.zeros((1,), 'f')
+        before = arrays_of(link)
+        message = r'offset_conv/b of link must have the shape \(54,\), not \(1,\)'
+        with pytest.raises(ValueError, match=message):
+            load(link, state)
+        assert_same(arrays_of(link), before)
+
+    def test_parameters_in_the_state(self, load, save):
+        """Arrays that share memory with what is written."""
+        link, state = make_layer(), save(make_layer())
+        for key, array in state.items():
+            for param in link.params():
+                if param.shape == array.shape:
+                    array[...] = array[::-1]
+                    param.array[...] = array[::-1]
+                    state[key] = param.array[::-1]
+        expected = {key: array.copy() for key, array in state.items()}
+        load(link, state)
+        assert_same(save(link), expected)
+
+
+class TorchTensor:
+    """A bfloat16 tensor of torch, as far as it is used; see FACTS."""
+
+    dtype = 'torch.bfloat16'
+
+    def __init__(self, array):
+        self._array = array
+
+    def float(self):
+        return self._array
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError('Got unsupported ScalarType BFloat16')
+
+
+FACTS = """
+import sys
+try:
+    import torch
+except ImportError as error:
+    sys.exit(77)
+import numpy
+tensor = torch.tensor([0.1], dtype=torch.bfloat16)
+assert str(tensor.dtype) == 'torch.bfloat16'
+try:
+    numpy.asarray(tensor)
+except TypeError:
+    array = numpy.asarray(tensor.float())
+    assert array.dtype == numpy.float32
+    assert array.tolist() == [0.10009765625], array
+"""
+
+
+@from_and_to
+class TestBfloat16:
+    def test_arrays(self, load, save):
+        bfloat16 = pytest.importorskip('ml_dtypes').bfloat16
+        state = {
+            key: array.astype(bfloat16) for key, array in save(make_layer()).items()
+        }
+        link = make_layer()
+        load(link, state)
+        assert_same(save(link), as_dtype(state, 'float32'))
+
+    def test_tensors(self, load, save):
+        link, state = make_layer(), save(make_layer())
+        load(link, {key: TorchTensor(array) for key, array in state.items()})
+        assert_same(save(link), state)
+
+    def test_what_a_file_makes_of_them(self, load, save, tmp_path):
+        state = {key: array.astype('V2') for key, array in save(make_layer()).items()}
+        with pytest.raises(TypeError, match=r'not \|V2 .*view\(ml_dtypes.bfloat16\)'):
+            load(make_layer(), state)
+
+
+def test_facts_about_tensors():
+    python = os.environ.get('TORCHVISION_PYTHON', '/usr/bin/python3')
+    try:
+        process = subprocess.run(
+            [python, '-c', FACTS], capture_output=True, text=True, timeout=100
+        )
+    except OSError as error:
+        pytest.skip(f'{python}: {error.strerror}')
+    if process.returncode == 77:
+        pytest.skip(f'{python} has no torch')
+    assert process.returncode == 0, process.stderr
+
+
 @from_and_to
 class TestErrors:
     @pytest.mark.parametrize('in_channels', [6, None])
@@ -657,6 +943,31 @@ class TestErrors:
         with pytest.raises(ValueError, match="lacks 'bias', 'weight'"):
             load(make_sampler(), save(make_layer(), prefix='a.'))
 
+    @pytest.mark.parametrize('prefix', ['', 'layer4.0.conv2.'])
+    def test_plain_weights(self, load, save, prefix):
+        """Those of a convolution, or of a module that is given its offsets."""
+        sampler, layer = make_sampler(), make_layer()
+        before = arrays_of(layer)
+        state = {**save(sampler, prefix=prefix), 'layer4.0.bn.weight': numpy.zeros(3)}
+        if not prefix:
+            del state['layer4.0.bn.weight']
+        message = f"; for weights alone, .* give link.deform_conv .* prefix='{prefix}'$"
+        with pytest.raises(ValueError, match=message):
+            load(layer, state, prefix=prefix)
+        assert_same(arrays_of(layer), before)
+        load(layer.deform_conv, state, prefix=prefix)
+        assert_same(arrays_of(layer.deform_conv), arrays_of(sampler))
+        del state[f'{prefix}bias']
+        with pytest.raises(ValueError, match=message):
+            load(layer, state, prefix=prefix)
+
+    def test_plain_weights_are_no_hint_elsewhere(self, load, save):
+        state = save(make_sampler())
+        with pytest.raises(ValueError, match="has 'x.weight' besides$"):
+            load(make_layer(), {**save(make_layer()), 'x.weight': numpy.zeros(3)})
+        with pytest.raises(ValueError, match="lacks 'bias'[^;]*; without [^;]*$"):
+            load(make_sampler(), {'weight': state['weight']})
+
     @pytest.mark.parametrize('make', [make_layer, make_sampler])
     def test_link_without_parameters(self, load, save, make):
         with pytest.raises(ValueError, match='not initialised'):
@@ -678,6 +989,12 @@ class TestErrors:
                 load(make_layer(), {}, prefix=prefix)
             with pytest.raises(TypeError, match='prefix must be a str'):
                 save(make_layer(), prefix=prefix)
+
+
+def test_wrapper_without_its_offset_convolution():
+    state = to_torchvision(make_sampler(), prefix='a.dcn.')
+    with pytest.raises(ValueError, match="link.deform_conv .* with prefix='a.dcn.'$"):
+        from_torchvision(make_layer(), state, prefix='a.', deform_conv='dcn')
 
 
 @pytest.mark.parametrize(

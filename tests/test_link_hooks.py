@@ -9,6 +9,7 @@ import chainer.links as L
 import numpy
 import pytest
 
+import chainer_deform
 from chainer_deform import sampling_locations
 from chainer_deform.link_hooks import SamplingHook, named_layers
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
@@ -215,3 +216,90 @@ def test_layer_whose_sampler_has_a_name_of_its_own():
                 self.z = layer
 
     assert list(named_layers(Both())) == ['z']
+
+
+class OfChainer(chainer.Chain):
+    """A plain convolution, and six layers of Chainer's own class or of ours."""
+
+    def __init__(self, layer=L.DeformableConvolution2D):
+        super().__init__()
+        with self.init_scope():
+            self.plain = L.Convolution2D(3, 3, 3, pad=1)
+            self.layers = chainer.ChainList(*(layer(3, 3, 3, pad=1) for _ in range(6)))
+
+    def forward(self, x):
+        x = self.plain(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+OWN = (
+    "SamplingHook: nothing is seen of deformable layers of Chainer's own class "
+    r'\(%s\): call chainer_deform\.patch_chainer\(\) before the model is built'
+)
+
+
+def test_layers_of_chainers_own_class():
+    model = OfChainer()
+    paths = "'layers/0', 'layers/1', 'layers/2', 'layers/3' and 2 more"
+    with pytest.warns(UserWarning, match=OWN % paths) as caught:
+        hook = SamplingHook(model)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with hook:
+        model(x)
+    assert hook.calls == []
+    sampler = model.layers[0].deform_conv
+    with pytest.warns(UserWarning, match=OWN % "''"):
+        SamplingHook(sampler)
+
+
+def test_layers_of_chainers_own_class_without_a_model():
+    model = OfChainer()
+    with pytest.warns(UserWarning, match=OWN % "'deform_conv'") as caught:  # noqa: SIM117
+        with SamplingHook() as hook:
+            model(x)
+    assert len(caught) == 1
+    assert hook.calls == []
+
+
+def test_patched_and_mixed_models():
+    chainer_deform.patch_chainer()
+    try:
+        model = OfChainer(L.DeformableConvolution2D)
+        SamplingHook(model)
+    finally:
+        chainer_deform.unpatch_chainer()
+    model.layers[2] = L.DeformableConvolution2D(3, 3, 3, pad=1)
+    with pytest.warns(UserWarning, match=OWN % "'layers/2'"), SamplingHook(model):
+        pass
+    with SamplingHook() as hook:
+        model(x)
+    assert len(hook.calls) == 5
+
+
+def test_layer_with_something_else_in_the_place_of_its_sampler():
+    layer = DeformableConvolution2D(3, 3, 3)
+    del layer.deform_conv
+    layer.deform_conv = L.Convolution2D(3, 3, 3)
+    assert named_layers(layer) == {}
+
+
+def test_no_deformable_layer():
+    model = OfChainer(L.Convolution2D)
+    message = 'SamplingHook: no layer of chainer_deform.links .* is in the model'
+    with pytest.warns(UserWarning, match=message) as caught:
+        hook = SamplingHook(model)
+    assert len(caught) == 1
+    with hook:
+        model(x)
+    message = 'SamplingHook: no layer of chainer_deform.links .* was called'
+    hook = SamplingHook()
+    with pytest.warns(UserWarning, match=message), hook:
+        model(x)
+    with hook:  # and no warning again
+        model(x)
+    # Nothing is added to an error.
+    with pytest.raises(ZeroDivisionError), SamplingHook():
+        raise ZeroDivisionError

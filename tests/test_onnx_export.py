@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import sys
 import warnings
@@ -14,6 +15,7 @@ import numpy
 import pytest
 
 import chainer_deform
+from chainer_deform import onnx_export
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
 from chainer_deform.onnx_export import export
@@ -443,6 +445,33 @@ def test_an_error_leaves_no_file(tmp_path):
         'directory',
         'old.onnx',
     ]
+
+
+def test_files(tmp_path, monkeypatch):
+    """An existing file's mode stays, a link stays a link, a fifo is refused."""
+    layer, x = DeformableConvolution2D(3, 8, 3), image(2, 3, 6, 7)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'model.onnx'
+    path.touch(0o600)
+    (tmp_path / 'link').symlink_to('model.onnx')
+    export(layer, x, 'link')
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert onnx.load(path) == export(layer, x)
+    os.mkfifo(tmp_path / 'fifo')
+    with pytest.raises(OSError, match='fifo, not a regular file'):
+        export(layer, x, tmp_path / 'fifo')
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ['fifo', 'link', 'model.onnx']
+
+
+def test_models_of_more_bytes_than_a_file_can_have(monkeypatch):
+    layer, x = DeformableConvolution2D(None, 8, 3), image(2, 3, 6, 7)
+    bytes_ = 4 * (18 * 3 * 9 + 18 + 8 * 3 * 9 + 8)
+    monkeypatch.setattr(onnx_export, '_MOST_BYTES', bytes_)
+    export(layer, x)
+    monkeypatch.setattr(onnx_export, '_MOST_BYTES', bytes_ - 1)
+    with pytest.raises(RuntimeError, match=f'have {bytes_} bytes, .* {bytes_ - 1}'):
+        export(layer, x)
 
 
 def gradient_of_a_layer(model, x):

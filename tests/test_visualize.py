@@ -173,6 +173,25 @@ def test_colour_images(ax, dtype):
     numpy.testing.assert_allclose(ax.images[0].get_array(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('shape', [(24, 30, 3), (5, 5, 4), (28, 28, 1)])
+def test_image_with_its_channels_last(ax, shape):
+    pixels = random.uniform(0, 1, shape)
+    message = (
+        r'(?s)image\.shape == \(c, h, w\).*\(h, w, c\): give image\.transpose\(2, '
+    )
+    with pytest.raises(type_check.InvalidType, match=message):
+        plot_sampling_points(pixels, numpy.zeros((1, 2)), ax=ax)
+    assert not ax.has_data()
+    plot_sampling_points(pixels.transpose(2, 0, 1), numpy.zeros((1, 2)), ax=ax)
+    assert ax.images[0].get_array().shape[:2] == shape[:2]
+
+
+@pytest.mark.parametrize('shape', [(3, 24, 3), (1, 28, 1), (64, 4, 4), (4, 9, 3)])
+def test_narrow_images(ax, shape):
+    plot_sampling_points(random.uniform(0, 1, shape), numpy.zeros((1, 2)), ax=ax)
+    assert ax.images[0].get_array().shape[:2] == shape[1:]
+
+
 @pytest.mark.parametrize(
     ('arguments', 'error', 'message'),
     [

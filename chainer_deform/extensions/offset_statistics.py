@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 
 import chainer
 import numpy
 from chainer import backend, training
 
-from chainer_deform.link_hooks import named_layers, sampling_call
+from chainer_deform.link_hooks import named_layers, sampling_call, warn_of_unseen
 from chainer_deform.locations import outside
 
 
@@ -33,8 +34,10 @@ class OffsetStatistics(training.Extension):
 
     Mean and maximum are over the finite offsets of all passes since the last report, or
     since the start of the run, and 0 if there is none. An offset longer than 1e19
-    pixels counts as infinite. A layer that was not called is not reported; nor is
-    anything if there is no deformable layer.
+    pixels counts as infinite. A layer that was not called is not reported. A warning
+    says so, once, if there is no deformable layer, or one of Chainer's own class, which
+    is not measured: call :func:`chainer_deform.patch_chainer` before the model is
+    built.
 
     A warning is given, once for each layer, when an offset is longer than
     ``warn_above`` or not finite: offsets that explode never come back, as points
@@ -43,8 +46,9 @@ class OffsetStatistics(training.Extension):
     It costs a few passes over the offsets of each layer: 1 to 3% of a training step of
     ``examples/digits``, more where the layers have fewer channels. On a GPU the
     results stay there, and are looked at and warned of when they are reported. A
-    snapshot holds what was measured since the last report. With several processes,
-    each reports its own.
+    snapshot holds what was measured since the last report; where that is missing or
+    damaged, a warning says so, and the resumed training measures anew. With several
+    processes, each reports its own.
 
     To report at other times give ``trainer.extend`` a trigger, the one of the
     ``LogReport``: ``trainer.extend(OffsetStatistics(), trigger=(100, 'iteration'))``.
@@ -100,9 +104,12 @@ class OffsetStatistics(training.Extension):
 
     def initialize(self, trainer: training.Trainer) -> None:
         self._remove_hooks()  # of a run that another extension kept from starting
+        optimizers = trainer.updater.get_all_optimizers()
+        models = {name: optimizer.target for name, optimizer in optimizers.items()}
+        warn_of_unseen('OffsetStatistics', models)
         found = set()
-        for name, optimizer in trainer.updater.get_all_optimizers().items():
-            for path, link in named_layers(optimizer.target).items():
+        for name, model in models.items():
+            for path, link in named_layers(model).items():
                 if id(link) not in found:  # two optimizers may have the same model
                     found.add(id(link))
                     key = f'{name}/{path}'.rstrip('/')
@@ -126,12 +133,11 @@ class OffsetStatistics(training.Extension):
                 key: [float(total) for total in hook.totals]  # copied from the GPU
                 for key, hook in self._hooks.items()
             }
-            serializer('_totals', json.dumps(totals))
+            # Bytes, as HDF5 files take no arrays of text.
+            state = json.dumps(totals).encode()
+            serializer('_totals', numpy.frombuffer(state, numpy.uint8))
         else:
-            try:
-                self._resumed = json.loads(serializer('_totals', '') or '{}')
-            except KeyError:
-                warnings.warn('The offset statistics are not saved.', stacklevel=2)
+            self._resumed = _resumed(serializer)
             for key, hook in self._hooks.items():  # if loaded after initialize()
                 hook.totals = self._resumed.get(key, hook.totals)
 
@@ -140,6 +146,34 @@ class OffsetStatistics(training.Extension):
             if hook.name in hook.link.local_link_hooks:
                 hook.link.delete_hook(hook.name)
         self._hooks = {}
+
+
+def _resumed(serializer) -> dict[str, list[float]]:
+    """The totals in a snapshot, by key; a warning and none if they cannot be read."""
+    try:
+        state = serializer('_totals', None)
+        if state is None:
+            return {}
+        # Older snapshots hold text.
+        text = state.tobytes() if state.dtype == numpy.uint8 else str(state)
+        return {key: _totals(values) for key, values in json.loads(text).items()}
+    except Exception as error:  # of the file's format, say, or of json
+        warnings.warn(
+            'The snapshot holds no offset statistics that can be read, so '
+            f'OffsetStatistics starts anew ({type(error).__name__}: {error})',
+            stacklevel=3,
+        )
+        return {}
+
+
+def _totals(values) -> list[float]:
+    """The totals of a layer, as :class:`_Measure` has them, if they can be that."""
+    count, finite, total, largest, outside_count = map(float, values)
+    totals = [count, finite, total, largest, outside_count]
+    least, most = min(totals), max(finite, outside_count)
+    if not (least >= 0 and most <= count and math.isfinite(sum(totals))):
+        raise ValueError(f'impossible totals: {values}')
+    return totals
 
 
 class _Measure(chainer.LinkHook):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import io
 import os
+import types
 import warnings
 from collections.abc import Sequence
 
@@ -11,11 +12,17 @@ import chainer
 import numpy
 from chainer import training
 from chainer.backends import cuda
-from chainer.utils import tempdir, type_check
+from chainer.utils import type_check
 
 from chainer_deform import visualize
 from chainer_deform._checks import integer
-from chainer_deform.link_hooks import SamplingCall, SamplingHook
+from chainer_deform._files import replacing
+from chainer_deform.link_hooks import (
+    SamplingCall,
+    hook_on,
+    named_layers,
+    warn_of_unseen,
+)
 from chainer_deform.locations import receptive_points
 
 #: How many points of one output pixel are drawn through several layers, at most: those
@@ -40,9 +47,15 @@ class SamplingPointsReport(training.Extension):
     (``chainer.config.train`` is false) without a graph, so that nothing is learnt
     and no statistics of a batch normalisation change; what it reports is dropped,
     and NumPy's random generator is put back. (What a model keeps from one call to
-    the next, such as the state of an LSTM, is not.) Where there is no deformable
-    layer, nothing is written; where there is no Matplotlib, a warning says so when
-    the extension is made, and it does nothing.
+    the next, such as the state of an LSTM, is not.) If a picture cannot be made or
+    written, as on a full disk, a warning says so, once in a training, and the next one
+    is tried again.
+
+    Where there is no deformable layer, nothing is written, and a warning says so when
+    the training starts; so it does of layers of Chainer's own class, which are not
+    drawn: call :func:`chainer_deform.patch_chainer` before the model is built. Where
+    there is no Matplotlib, a warning says so when the extension is made, and it does
+    nothing.
 
     Args:
         images (:ref:`ndarray`, tuple, or list of them): What to run the model on: an
@@ -63,8 +76,10 @@ class SamplingPointsReport(training.Extension):
             when it is complete.
 
     Raises:
-        TypeError, ValueError: An argument is of the wrong kind, a pixel is outside, or,
-            when the training starts, there is no target.
+        TypeError, ValueError: An argument is of the wrong kind, a pixel is outside,
+            Matplotlib cannot write the format, a trainer has no such attribute as
+            ``filename`` names, or, when the training starts, there is no target, or the
+            updater has no such attribute.
         chainer.utils.type_check.InvalidType: The images do not have the shape.
 
     .. seealso:: :func:`chainer_deform.visualize.plot_sampling_points`
@@ -94,30 +109,50 @@ class SamplingPointsReport(training.Extension):
         self._pixels = _image_pixels(pixels, self._images.shape[2:])
         self._target = target
         self._filename = filename
-        self._available = importlib.util.find_spec('matplotlib') is not None
-        if self._available:
-            _check_ending(filename)
-        else:
+        self._warned = False
+        _check_placeholders(filename, _some_trainer())
+        self._available = True
+        try:
+            _check_format(filename)
+        except ImportError as error:
+            self._available = False
             warnings.warn(
-                'SamplingPointsReport draws nothing without Matplotlib: '
+                f'SamplingPointsReport draws nothing without Matplotlib ({error}): '
                 "pip install 'chainer-deform[plot]'",
                 stacklevel=2,
             )
 
     def initialize(self, trainer: training.Trainer) -> None:
-        self._target_of(trainer)  # no target is an error before the training
+        self._warned = False
+        target = self._target_of(trainer)  # no target is an error before the training
+        # What is not reported yet may be missing.
+        _check_placeholders(self._filename, trainer, ignored=(IndexError, KeyError))
+        if self._available:
+            warn_of_unseen('SamplingPointsReport', {'': target})
 
     def __call__(self, trainer: training.Trainer) -> None:
         if not self._available:
             return
+        try:
+            self._report(trainer)
+        except Exception as error:  # whatever it is, the training goes on
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    'SamplingPointsReport could not make a picture '
+                    f'({type(error).__name__}: {error}); the training goes on, and '
+                    'further failures are not reported',
+                    stacklevel=2,
+                )
+
+    def _report(self, trainer: training.Trainer) -> None:
         calls = self._run(self._target_of(trainer), trainer)
         if calls:
-            path = os.path.join(trainer.out, self._filename.format(trainer))
             figure = self._draw(calls)
             figure.suptitle(
                 f'Epoch {trainer.updater.epoch}, iteration {trainer.updater.iteration}'
             )
-            _save(figure, path)
+            _save(figure, os.path.join(trainer.out, self._filename.format(trainer)))
 
     def _target_of(self, trainer: training.Trainer) -> chainer.Link:
         if self._target is not None:
@@ -133,7 +168,10 @@ class SamplingPointsReport(training.Extension):
 
     def _run(self, target: chainer.Link, trainer) -> list[SamplingCall]:
         """The calls of the deformable layers for the images; leaves no trace."""
-        hook = SamplingHook(target)
+        layers = named_layers(target)
+        if not layers:
+            return []
+        hook = hook_on(layers)
         state = numpy.random.get_state()
         test_mode = chainer.using_config('train', False)
         quietly = trainer.reporter.scope({})
@@ -260,22 +298,63 @@ def _image_pixels(pixels, size: tuple[int, int]) -> list[tuple[int, int]]:
     return pixels
 
 
-def _check_ending(filename: str) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
+class _SomeValue:
+    """Stands for a value that only a running training has."""
 
-    formats = FigureCanvasBase.get_supported_filetypes()
+    def __getattr__(self, name):
+        return self
+
+    def __getitem__(self, key):
+        return self
+
+    def __format__(self, spec):
+        return ''
+
+
+def _some_trainer():
+    """Stands for the trainer where there is none yet: it has the same attributes."""
+    updater = types.SimpleNamespace(
+        get_all_optimizers=dict, connect_trainer=lambda trainer: None
+    )
+    names = [name for name in dir(training.Trainer(updater)) if name[0] != '_']
+    return type('Trainer', (), dict.fromkeys(names, _SomeValue()))()
+
+
+def _check_placeholders(filename, trainer, ignored: tuple = ()) -> None:
+    if not isinstance(filename, str):
+        raise TypeError(f'filename must be a str, not {filename!r}')
+    try:
+        filename.format(trainer)
+    except ignored:
+        pass
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            'filename must be a str that can be formatted with the trainer, not '
+            f'{filename!r}: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _check_format(filename: str) -> None:
+    from matplotlib import backend_bases, figure
+
+    formats = backend_bases.FigureCanvasBase.get_supported_filetypes()
     ending = os.path.splitext(filename)[1]
     if ending[1:].lower() not in formats:
         raise ValueError(
             f'filename must end with a format of Matplotlib, .{", .".join(formats)}, '
             f'not with {ending!r}: {filename!r}'
         )
+    try:  # some formats need other programs
+        figure.Figure((1, 1)).savefig(io.BytesIO(), format=ending[1:])
+    except Exception as error:
+        raise ValueError(
+            'filename must end with a format that Matplotlib can write here, not with '
+            f'{ending!r}: {type(error).__name__}: {error}'
+        ) from error
 
 
 def _save(figure, path: str) -> None:
     """Writes a picture, which appears at its place when it is complete."""
-    directory, name = os.path.split(path)
-    os.makedirs(directory, exist_ok=True)
-    with tempdir(prefix=name, dir=directory) as beside:
-        figure.savefig(os.path.join(beside, name), dpi=110)
-        os.replace(os.path.join(beside, name), path)
+    os.makedirs(os.path.dirname(path) or os.curdir, exist_ok=True)
+    with replacing(path) as file:
+        figure.savefig(file, format=os.path.splitext(path)[1][1:], dpi=110)

@@ -152,9 +152,11 @@ def add_reports(
     warped: chainer.dataset.DatasetMixin,
 ) -> None:
     """Adds what prints and what writes files."""
-    trainer.extend(chainer_deform.extensions.OffsetStatistics())
-    images = [upright[0], warped[0]]  # the same digit
-    trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
+    net = trainer.updater.get_optimizer('main').target.predictor
+    if net.offset_convs():  # the plain model has none, and is not warned of
+        trainer.extend(chainer_deform.extensions.OffsetStatistics())
+        images = [upright[0], warped[0]]  # the same digit
+        trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
     trainer.extend(extensions.LogReport())
     trainer.extend(extensions.PrintReport(['epoch', 'main/loss', *ACCURACIES]))
     trainer.extend(extensions.PlotReport(LOSSES, 'epoch', filename='loss.png'))

@@ -120,9 +120,10 @@ def make_trainer(
         evaluator = SegmentationEvaluator(iterator, model, [*PHOTOGRAPHS], device)
         trainer.extend(evaluator, name=warps)
     trainer.extend(extensions.ExponentialShift('alpha', 0.85), trigger=(1, 'epoch'))
-    trainer.extend(chainer_deform.extensions.OffsetStatistics())
-    images = [image for image, _ in shown(datasets)[:2]]
-    trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
+    if net.offset_convs():  # the plain model has none, and is not warned of
+        trainer.extend(chainer_deform.extensions.OffsetStatistics())
+        images = [image for image, _ in shown(datasets)[:2]]
+        trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
     trainer.extend(extensions.LogReport())
     trainer.extend(extensions.PrintReport(['epoch', 'main/loss', *MIOUS]))
     trainer.extend(extensions.PlotReport(['main/loss'], 'epoch', filename='loss.png'))

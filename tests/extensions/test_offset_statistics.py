@@ -286,8 +286,30 @@ def test_layer_that_is_not_called(tmp_path):
 
 
 def test_no_deformable_layer(tmp_path):
-    (entry,) = run(L.Classifier(Net(deformable=False)), EXAMPLES, tmp_path)
+    model = L.Classifier(Net(deformable=False))
+    with pytest.warns(UserWarning, match='OffsetStatistics: no layer of') as caught:
+        (entry,) = run(model, EXAMPLES, tmp_path)
+    assert len(caught) == 1
     assert not [key for key in entry if key.endswith(KEYS)]
+
+
+def test_layers_of_chainers_own_class(tmp_path):
+    net = Net()
+    convs = net.convs
+    del net.convs
+    with net.init_scope():
+        net.convs = chainer.ChainList(
+            L.DeformableConvolution2D(1, 3, 3, pad=1), convs[2]
+        )
+    message = (
+        r"OffsetStatistics: .* own class \('main/predictor/convs/0'\): call "
+        r'chainer_deform\.patch_chainer\(\) before the model is built'
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        (entry,) = run(L.Classifier(net), EXAMPLES, tmp_path)
+    assert len(caught) == 1
+    found = {key.rpartition('/')[0] for key in entry if key.endswith(KEYS)}
+    assert found == {'main/predictor/convs/1'}
 
 
 def test_warns_once_for_each_layer(tmp_path):
@@ -472,9 +494,183 @@ def test_resume_of_a_snapshot_without_it(tmp_path, strict):
         warnings.simplefilter('always')
         chainer.serializers.load_npz(tmp_path / 'snapshot.npz', resumed, strict=strict)
     # Chainer's trigger warns for itself.
-    assert strict == any('statistics are not saved' in str(w.message) for w in caught)
+    assert strict == any('no offset statistics' in str(w.message) for w in caught)
     resumed.run()
     assert log_of(resumed)[-1]['main/conv/offset_max'] == 2
+
+
+FORMATS = {
+    'npz': (chainer.serializers.save_npz, chainer.serializers.load_npz),
+    'hdf5': (chainer.serializers.save_hdf5, chainer.serializers.load_hdf5),
+}
+
+
+class Observed:
+    """Stands for LogReport, which HDF5 files cannot hold."""
+
+    name = 'observed'
+
+    def __init__(self):
+        self.log = []
+
+    def __call__(self, trainer):
+        self.log.append(dict(trainer.observation))
+
+
+def make_saved(out, stop, save, data):
+    """A trainer that is saved after its second iteration, and what it reports."""
+    optimizer = chainer.optimizers.SGD(0).setup(Given())
+    iterator = chainer.iterators.SerialIterator(data, 1, shuffle=False)
+    updater = training.updaters.StandardUpdater(iterator, optimizer)
+    trainer = training.Trainer(updater, stop, out=str(out))
+    trainer.extend(OffsetStatistics())
+    observed = Observed()
+    trainer.extend(observed, trigger=(1, 'epoch'))
+    trainer.extend(
+        extensions.snapshot(save, filename='snapshot'), trigger=(2, 'iteration')
+    )
+    return trainer, observed.log
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_resume_in_both_formats(tmp_path, name):
+    pytest.importorskip('h5py')
+    save, load = FORMATS[name]
+    data = [offsets((3, 0)), offsets((0, 2)), offsets((1, 0)), offsets()]
+    whole, expected = make_saved(tmp_path / 'whole', (1, 'epoch'), save, data)
+    whole.run()
+    make_saved(tmp_path, (2, 'iteration'), save, data)[0].run()
+    resumed, log = make_saved(tmp_path, (1, 'epoch'), save, data)
+    load(tmp_path / 'snapshot', resumed)
+    resumed.run()
+    assert values(log[0], 'main/conv') == [6 / 96, 3, 0, 0]
+    assert log == expected
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_snapshot_before_a_training_and_after_it(tmp_path, name):
+    pytest.importorskip('h5py')
+    save, load = FORMATS[name]
+    for run_first in False, True:
+        trainer, _ = make_saved(tmp_path, (1, 'epoch'), save, [offsets()] * 2)
+        if run_first:
+            trainer.run()
+        else:
+            trainer._start_at = 0  # which a trainer is not saved without
+        save(str(tmp_path / 'extra'), trainer)
+        resumed, log = make_saved(tmp_path, (2, 'epoch'), save, [offsets((1, 0))] * 2)
+        load(tmp_path / 'extra', resumed)
+        resumed.run()
+        assert values(log[-1], 'main/conv') == [1 / 24, 1, 0, 0]
+
+
+def test_snapshot_of_an_earlier_version(tmp_path):
+    """It held text, which only NPZ files can."""
+    data = [offsets((3, 0)), offsets((0, 2)), offsets((1, 0)), offsets()]
+    save, load = FORMATS['npz']
+    make_saved(tmp_path, (2, 'iteration'), save, data)[0].run()
+    with numpy.load(tmp_path / 'snapshot') as file:
+        arrays = dict(file)
+    old = '{"main/conv": [48.0, 48.0, 5.0, 3.0, 0.0]}'
+    assert arrays[STATE].tobytes().decode() == old
+    arrays[STATE] = numpy.asarray(old)
+    numpy.savez(tmp_path / 'old.npz', **arrays)
+    resumed, log = make_saved(tmp_path, (1, 'epoch'), save, data)
+    load(tmp_path / 'old.npz', resumed)
+    resumed.run()
+    assert values(log[0], 'main/conv') == [6 / 96, 3, 0, 0]
+
+
+STATE = 'extensions/OffsetStatistics/_totals'
+
+
+def as_bytes(text):
+    return numpy.frombuffer(text.encode(), 'u1')
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0'),  # cut off
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0, 3.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0, 3.0, 0.0, 1.0]}'),
+        as_bytes('{"main/conv": [48.0, 49.0, 5.0, 3.0, 0.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0, 3.0, 49.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, NaN, 3.0, 0.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0, Infinity, 0.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, 5.0, -1, 0.0]}'),
+        as_bytes('{"main/conv": [48.0, 48.0, null, 3.0, 0.0]}'),
+        as_bytes('{"main/conv": 7}'),
+        as_bytes('{"main/conv": {}}'),
+        as_bytes('[1, 2]'),
+        as_bytes('7'),
+        as_bytes(''),
+        numpy.full(9, 255, 'u1'),
+        numpy.zeros((2, 3), 'f'),
+        numpy.float64('nan'),
+        numpy.asarray('no json'),
+        numpy.asarray(b'{}'),
+        numpy.asarray({'main/conv': 1}, object),
+    ],
+)
+@pytest.mark.parametrize('name', FORMATS)
+def test_damaged_state(tmp_path, name, state):
+    h5py = pytest.importorskip('h5py')
+    save, load = FORMATS[name]
+    data = [offsets((3, 0)), offsets((0, 2)), offsets((1, 0)), offsets()]
+    make_saved(tmp_path, (2, 'iteration'), save, data)[0].run()
+    if name == 'npz':
+        with numpy.load(tmp_path / 'snapshot') as file:
+            arrays = dict(file)
+        arrays[STATE] = state
+        numpy.savez(tmp_path / 'damaged.npz', **arrays)
+        (tmp_path / 'damaged.npz').rename(tmp_path / 'snapshot')
+    else:
+        with h5py.File(tmp_path / 'snapshot', 'r+') as file:
+            del file[STATE]
+            if numpy.asarray(state).dtype.kind in 'fuS':  # else it is missing
+                file[STATE] = state
+    resumed, log = make_saved(tmp_path, (1, 'epoch'), save, data)
+    with pytest.warns(UserWarning, match='no offset statistics that can') as caught:
+        load(tmp_path / 'snapshot', resumed)
+    assert len(caught) == 1
+    resumed.run()
+    assert values(log[0], 'main/conv') == [1 / 48, 1, 0, 0]  # of the second half
+
+
+def test_damaged_file(tmp_path):
+    """Of which the other members can be read."""
+    save, load = FORMATS['npz']
+    data = [offsets((3, 0)), offsets((0, 2)), offsets((1, 0)), offsets()]
+    make_saved(tmp_path, (2, 'iteration'), save, data)[0].run()
+    with numpy.load(tmp_path / 'snapshot') as file:
+        numpy.savez(tmp_path / 'plain.npz', **file)
+    content = (tmp_path / 'plain.npz').read_bytes()
+    assert content.count(b'"main/conv"') == 1
+    (tmp_path / 'plain.npz').write_bytes(
+        content.replace(b'"main/conv"', b'"main/xxxx"')
+    )
+    resumed, log = make_saved(tmp_path, (1, 'epoch'), save, data)
+    with pytest.warns(UserWarning, match='anew .BadZipFile: Bad CRC'):
+        load(tmp_path / 'plain.npz', resumed)
+    resumed.run()
+    assert values(log[0], 'main/conv') == [1 / 48, 1, 0, 0]
+
+
+def test_hdf5_snapshot_without_it(tmp_path):
+    """Chainer's trigger fails there, so only the extension is read."""
+    h5py = pytest.importorskip('h5py')
+    with h5py.File(tmp_path / 'empty', 'w'):
+        pass
+    with h5py.File(tmp_path / 'empty', 'r') as file:
+        for strict in True, False:
+            serializer = chainer.serializers.HDF5Deserializer(file, strict)
+            for part in serializer, serializer['missing']:
+                statistics = OffsetStatistics()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter('always')
+                    statistics.serialize(part)
+                assert len(caught) == strict
 
 
 def train(tmp_path, extend):

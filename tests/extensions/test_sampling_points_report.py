@@ -1,6 +1,10 @@
 """The pictures of a training, and that they leave no trace in it."""
 
+import errno
+import io
+import os
 import sys
+import warnings
 
 import chainer
 import chainer.functions as F
@@ -68,9 +72,9 @@ def figures(monkeypatch):
     """The figures that are saved, and are not rendered, which takes long."""
     found = []
 
-    def note(self, path, **kwargs):
-        found.append(self)
-        with open(path, 'wb') as file:
+    def note(self, file, **kwargs):
+        if not isinstance(file, io.BytesIO):  # which is the trial of the format
+            found.append(self)
             file.write(b'new')
 
     monkeypatch.setattr(Figure, 'savefig', note)
@@ -270,23 +274,23 @@ def test_beside_a_hook_of_the_user(tmp_path, figures):
     assert len(hook.calls) == 2 * 2 + 2
 
 
-def test_failing_model_leaves_no_trace_either(tmp_path, capsys):
+def test_failing_model_leaves_no_trace_either(tmp_path):
     class Fails(Net):
         def forward(self, x):
             y = super().forward(x)
             if not chainer.config.train:
-                raise ArithmeticError
+                raise ArithmeticError('of the model')
             return y
 
     trainer = make_trainer(
-        tmp_path, SamplingPointsReport(images), L.Classifier(Fails()), (1, 'epoch')
+        tmp_path, SamplingPointsReport(images), L.Classifier(Fails())
     )
-    with pytest.raises(ArithmeticError):
+    with pytest.warns(UserWarning, match=r'picture \(ArithmeticError: of the model\)'):
         trainer.run()
     assert chainer.config.train
     assert chainer.config.enable_backprop
     assert not chainer._get_link_hooks()
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ['log']
 
 
 def test_given_target(tmp_path, figures):
@@ -307,9 +311,38 @@ def test_target_without_a_predictor(tmp_path, figures):
 
 
 def test_no_deformable_layer(tmp_path):
-    model = L.Classifier(Net(deformable=False))
-    make_trainer(tmp_path, SamplingPointsReport(images), model, (1, 'epoch')).run()
+    class Plain(Net):
+        def __init__(self):
+            super().__init__(deformable=False)
+
+        def forward(self, x):
+            assert chainer.config.train  # it is not run for nothing
+            return super().forward(x)
+
+    trainer = make_trainer(
+        tmp_path, SamplingPointsReport(images), L.Classifier(Plain())
+    )
+    with pytest.warns(UserWarning, match='SamplingPointsReport: no layer') as caught:
+        trainer.run()
+    assert len(caught) == 1
     assert [path.name for path in tmp_path.iterdir()] == ['log']
+
+
+def test_layers_of_chainers_own_class(tmp_path, figures):
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            del self.a
+            with self.init_scope():
+                self.a = L.DeformableConvolution2D(4, 4, 3, pad=1)
+
+    model = L.Classifier(Mixed())
+    trainer = make_trainer(tmp_path, SamplingPointsReport(images), model)
+    message = r"SamplingPointsReport: .* own class \('a'\): .*patch_chainer\(\) before"
+    with pytest.warns(UserWarning, match=message) as caught:
+        trainer.run()
+    assert len(caught) == 1
+    assert [[title for title, _, _ in panels(f)] for f in figures] == [['b', 'b']] * 2
 
 
 def test_file_name_and_trigger(tmp_path, figures):
@@ -322,22 +355,84 @@ def test_file_name_and_trigger(tmp_path, figures):
     assert (tmp_path / 'points' / '3.svg').read_bytes() == b'new'
 
 
-def test_old_picture_stays_when_the_new_one_fails(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'points.png').write_bytes(b'old')
+def run_with_snapshots(trainer):
+    """All warnings of a training that ends, and what it wrote."""
+    trainer.extend(extensions.snapshot(filename='snapshot_{.updater.epoch}'))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        trainer.run()
+    assert trainer.updater.epoch == 2
+    assert os.path.getsize(os.path.join(trainer.out, 'snapshot_2'))
+    names = sorted(os.listdir(trainer.out))
+    assert names[-2:] == ['snapshot_1', 'snapshot_2']
+    return [str(warning.message) for warning in caught], names[:-2]
 
-    def fails(self, path, **kwargs):
-        with open(path, 'wb') as file:
-            file.write(b'half')
-        raise OSError('disk full')
+
+def test_old_picture_stays_when_the_new_one_fails(tmp_path, monkeypatch):
+    (tmp_path / 'points.png').write_bytes(b'old')
+    report = SamplingPointsReport(images, filename='points.png')
+
+    def fails(self, file, **kwargs):
+        file.write(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(Figure, 'savefig', fails)
-    trainer = make_trainer(
-        tmp_path, SamplingPointsReport(images, filename='points.png'), stop=(1, 'epoch')
-    )
-    with pytest.raises(OSError, match='disk full'):
-        trainer.run()
+    (message,), names = run_with_snapshots(make_trainer(tmp_path, report))
+    assert 'make a picture (OSError: [Errno 28] No space left' in message
     assert (tmp_path / 'points.png').read_bytes() == b'old'
-    assert [path.name for path in tmp_path.iterdir()] == ['points.png']
+    assert names == ['log', 'points.png']
+
+
+@pytest.mark.parametrize('filename', ['a/points.png', 'b/points.png', 'b/c/points.png'])
+def test_place_that_cannot_be_written(tmp_path, figures, filename):
+    (tmp_path / 'a' / 'points.png').mkdir(parents=True)
+    (tmp_path / 'b').write_bytes(b'no folder')
+    report = SamplingPointsReport(images, filename=filename)
+    (message,), names = run_with_snapshots(make_trainer(tmp_path, report))
+    assert 'SamplingPointsReport could not make a picture' in message
+    assert names == ['a', 'b', 'log']
+    assert not list((tmp_path / 'a' / 'points.png').iterdir())
+    assert [path.name for path in (tmp_path / 'a').iterdir()] == ['points.png']
+
+
+def test_folder_that_may_not_be_written(tmp_path, figures, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    report = SamplingPointsReport(images, filename='points.png')
+    trainer = make_trainer(tmp_path, report)
+    monkeypatch.setattr(
+        'chainer_deform.extensions.sampling_points_report.replacing', denied
+    )
+    (message,), names = run_with_snapshots(trainer)
+    assert 'PermissionError: [Errno 13] Permission denied' in message
+    assert names == ['log']
+
+
+def test_next_picture_is_tried_again(tmp_path, figures):
+    folder = tmp_path / '1.svg'
+    folder.mkdir()
+    report = SamplingPointsReport(images, filename='{.updater.epoch}.svg')
+    (message,), names = run_with_snapshots(make_trainer(tmp_path, report))
+    assert names == ['1.svg', '2.svg', 'log']
+    assert folder.is_dir()
+    # The next training warns anew.
+    (message,), _ = run_with_snapshots(make_trainer(tmp_path, report))
+    assert '1.svg' in message
+
+
+def test_out_is_the_current_folder(tmp_path, figures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_trainer('', SamplingPointsReport(images), stop=(1, 'epoch')).run()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['log', 'sampling_points_epoch_1.png']
+
+
+def test_long_file_name(tmp_path, figures):
+    name = 'n' * 251 + '.png'
+    report = SamplingPointsReport(images, filename=name)
+    make_trainer(tmp_path, report, stop=(1, 'epoch')).run()
+    assert (tmp_path / name).read_bytes() == b'new'
 
 
 @pytest.mark.parametrize(
@@ -380,6 +475,66 @@ def test_bad_arguments(arguments, error, message):
 def test_file_that_is_no_picture(filename):
     with pytest.raises(ValueError, match=r'filename must end with .*\.png, '):
         SamplingPointsReport(images, filename=filename)
+
+
+@pytest.mark.parametrize(
+    ('filename', 'problem'),
+    [
+        ('x{.nosuch}.png', "AttributeError: 'Trainer' object has no .* 'nosuch'"),
+        ('{.updater.epoch}_{.updater.iteration}.png', 'IndexError'),
+        ('{epoch}.png', "KeyError: 'epoch'"),
+        ('{1.updater}.png', 'IndexError'),
+        ('{.updater.epoch.png', 'ValueError'),
+        ('}.png', 'ValueError'),
+    ],
+)
+def test_placeholders_that_no_trainer_has(filename, problem):
+    with pytest.raises(ValueError, match=f'filename must be .*{problem}'):
+        SamplingPointsReport(images, filename=filename)
+
+
+@pytest.mark.parametrize('filename', [None, 3, b'points.png'])
+def test_file_name_that_is_no_str(filename):
+    with pytest.raises(TypeError, match='filename must be a str, not '):
+        SamplingPointsReport(images, filename=filename)
+
+
+@pytest.mark.parametrize(
+    ('filename', 'problem'),
+    [
+        ('{.updater.nosuch}.png', 'AttributeError'),
+        ('{.updater.epoch:s}.png', 'ValueError'),
+        ('{.updater.epoch[0]}.png', 'TypeError'),
+    ],
+)
+def test_placeholders_that_this_trainer_lacks(tmp_path, filename, problem):
+    trainer = make_trainer(tmp_path, SamplingPointsReport(images, filename=filename))
+    with pytest.raises(ValueError, match=f'filename must be .*{problem}'):
+        trainer.run()
+    assert trainer.updater.iteration == 0
+
+
+def test_placeholders_of_all_kinds(tmp_path, figures):
+    filename = (
+        '{0.updater.epoch:03d}_{0.elapsed_time:.0g}_{0.out!r:.0}'
+        '_{0.observation[main/accuracy].array:.1f}_{{}}.png'
+    )
+    report = SamplingPointsReport(images, filename=filename)
+    make_trainer(tmp_path, report, stop=(1, 'epoch')).run()
+    (name,) = (path.name for path in tmp_path.glob('*.png'))
+    assert name.startswith('001_')
+    assert name.endswith('_{}.png')
+
+
+def test_format_that_needs_a_missing_program(monkeypatch):
+    """As 'pgf' does, where there is no LaTeX."""
+
+    def fails(self, file, **kwargs):
+        raise FileNotFoundError('xelatex not found')
+
+    monkeypatch.setattr(Figure, 'savefig', fails)
+    with pytest.raises(ValueError, match=r"here, not with '\.pgf': .* xelatex not"):
+        SamplingPointsReport(images, filename='points.pgf')
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
