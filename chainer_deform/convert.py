@@ -13,10 +13,12 @@ from chainer import backend
 from chainer.utils import type_check
 
 from chainer_deform._checks import float_array, integer
+from chainer_deform._deform_convolutions import deform_convolutions
 from chainer_deform.geometry import Geometry
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
 
 __all__ = [
+    'deform_convolutions',
     'from_mmcv',
     'from_torchvision',
     'offset_from_interleaved',
