@@ -571,7 +571,8 @@ def _reduction(op_type: str):
 
 def _dropout(b, func):
     # Without a mask that is given, a model in test mode has no such node.
-    b.op('Mul', *b.inputs, b.constant(func.mask, b.dtype()))
+    dtype = b.common_dtype(func.mask.dtype)
+    b.op('Mul', *b.cast_inputs(dtype), b.constant(func.mask, dtype))
 
 
 # Normalization functions.
