@@ -13,13 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
 
-.PHONY: help demo bench docs test test-mpi test-cuda-compile test-gpu sanitize lint format clean
+.PHONY: help demo bench docs test test-numpy test-mpi test-cuda-compile test-gpu sanitize lint format clean
 
 help:
 	@echo 'make demo    set up $(VENV), train a plain and a deformable model, draw its points'
 	@echo 'make test    set up $(VENV), run the tests'
 	@echo 'make docs    also install Sphinx, build docs/_build/html'
 	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
+	@echo 'make test-numpy    run every function of Chainer on NumPy 1.26 and on the newest'
 	@echo 'make test-mpi    also install an MPI, train with two processes'
 	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
@@ -41,6 +42,22 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2
+
+# NumPy 1.26 needs a Python up to 3.12. The results are compared by the newer NumPy.
+NUMPY1 := $(VENV)/numpy1
+NUMPY2 := $(VENV)/numpy2
+PYTHON_STAMP := installed-$(firstword $(shell echo '$(PYTHON)' | cksum))
+
+$(NUMPY1)/$(PYTHON_STAMP) $(NUMPY2)/$(PYTHON_STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet -e . $(if $(filter $(NUMPY1)/%,$@),'numpy==1.26.*')
+	@touch $@
+
+test-numpy: $(NUMPY1)/$(PYTHON_STAMP) $(NUMPY2)/$(PYTHON_STAMP)
+	results=$$(mktemp -d) && trap 'rm -rf "$$results"' EXIT && \
+	{ $(NUMPY1)/bin/python -m tests.battery.run "$$results/old" & } && \
+	$(NUMPY2)/bin/python -m tests.battery.run "$$results/new" && wait $$! && \
+	$(NUMPY2)/bin/python -m tests.battery.compare "$$results/old" "$$results/new"
 
 $(STAMP)-bench: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -e '.[bench]'
