@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib.machinery
 import importlib.util
 import io
+import marshal
 import multiprocessing.spawn
 import os
+import pkgutil
+import runpy
 import sys
 import types
-from typing import Any, NoReturn
+from typing import NoReturn
+
+import chainer
+import numpy
 
 import chainer_deform
+from chainer_deform._startup import chainer_deform_startup
 
 _USAGE = """\
 usage: python -m chainer_deform SCRIPT [ARGS...]
        python -m chainer_deform -m MODULE [ARGS...]
+       python -m chainer_deform - [ARGS...]
+       python -m chainer_deform --version
 
-Runs an unmodified Chainer program as `python SCRIPT` or `python -m MODULE` would, with
-Chainer repaired for the NumPy and the Python that are installed, and its deformable
-convolution replaced by that of chainer_deform. All of ARGS goes to the program.
+Runs an unmodified Chainer program as `python SCRIPT`, `python -m MODULE` or `python -`
+would, with Chainer repaired for the NumPy and the Python that are installed, and its
+deformable convolution replaced by that of chainer_deform. So it is in the Python
+processes that the program starts. SCRIPT is a file of Python or of its bytecode (.pyc),
+or a folder or zip file with a file __main__.py; - is standard input. All of ARGS goes
+to the program.
 """
 
 
@@ -30,20 +43,35 @@ def main() -> None:
     if args and args[0] in ('-h', '--help'):
         print(_USAGE, end='')
         return
-    find = _find_script
-    if args and args[0] == '-m':
-        find = _find_module
-        del args[0]
-    if not args or args[0].startswith('-'):
+    if args and args[0] == '--version':
+        print(
+            f'chainer_deform {chainer_deform.__version__}, '
+            f'Chainer {chainer.__version__}, NumPy {numpy.__version__}'
+        )
+        return
+    if args and args[0] == '-m' and len(args) > 1:
+        # While Python looks for the module, sys.argv[0] is '-m'.
+        run = functools.partial(runpy._run_module_as_main, args.pop(1))
+    elif args and args[0] == '-':
+        run = _run_standard_input
+    elif args and not args[0].startswith('-'):
+        run = functools.partial(_run_file, args[0])
+    else:
         _fail(_USAGE)
-    sys.argv[:] = args
-    sys.excepthook = _excepthook
     prepare()
-    _run(*find(args[0]))
+    _run_as_main(run, args)
 
 
 def prepare() -> None:
-    """Puts the drop-in in place, here and in the processes that this one starts.
+    """Puts the drop-in in place, here and in the processes that this one starts."""
+    chainer_deform.patch_chainer()
+    _prepare_multiprocessing()
+    _prepare_environment()
+
+
+@functools.cache  # it is done once
+def _prepare_multiprocessing() -> None:
+    """Has the processes that multiprocessing starts call :func:`prepare`.
 
     A forked process has it already. One that is spawned or comes from a fork server
     imports the program as ``__mp_main__``, and by then Chainer has to be repaired. The
@@ -51,7 +79,6 @@ def prepare() -> None:
     ``multiprocessing.spawn.get_preparation_data`` returns, so the order to call this
     very function travels in there. (coverage.py gets into children the same way.)
     """
-    chainer_deform.patch_chainer()
     get_preparation_data = multiprocessing.spawn.get_preparation_data
 
     def with_order(name):
@@ -71,60 +98,116 @@ class _Order:
         return prepare, ()
 
 
-def _find_script(name: str) -> tuple[types.CodeType, dict[str, Any]]:
-    """The code of a script, and what ``python SCRIPT`` puts into its namespace."""
-    path = os.path.abspath(name)
+def _prepare_environment() -> None:
+    """Has other Python processes patch Chainer when they import it.
+
+    They inherit the environment, and run the sitecustomize that is first in PYTHONPATH.
+    """
+    folder = os.path.dirname(os.path.abspath(chainer_deform_startup.__file__))
+    path = os.environ.get('PYTHONPATH', '')
+    if folder not in path.split(os.pathsep):
+        os.environ['PYTHONPATH'] = folder + os.pathsep + path if path else folder
+    os.environ[chainer_deform_startup.PYTHON] = chainer_deform_startup.identity()
+
+
+def _run_as_main(run, argv: list[str]) -> None:
+    """Calls a function that runs a program in a main module of its own.
+
+    That module, ``sys.argv`` and ``sys.path`` stay if the process was started for the
+    program: threads and exit handlers may need them after its last line. If a profiler,
+    say, runs this package in its process, they are put back.
+    """
+    host = sys.modules['__main__']
+    hosted = getattr(host.__spec__, 'name', None) != __name__
+    before = sys.argv[:], sys.path[:]
+    program = types.ModuleType('__main__')
+    program.__builtins__ = builtins
+    program.__annotations__ = {}
+    sys.modules['__main__'] = program  # where pickle looks for the program's names
+    sys.argv[:] = argv
+    try:
+        run()
+    except BaseException:
+        if not hosted:
+            sys.excepthook = functools.partial(_report, sys.excepthook)
+        raise
+    finally:
+        if hosted:
+            sys.modules['__main__'] = host
+            sys.argv[:], sys.path[:] = before
+
+
+def _run_file(name: str) -> None:
+    """Runs a file, folder or zip file as ``python NAME`` does."""
+    path = os.path.join(os.getcwd(), name)
+    if name in ('', '.') and sys.version_info >= (3, 11):
+        path = os.getcwd()
+    if pkgutil.get_importer(path) is not None:
+        _set_first_path(path)
+        runpy._run_module_as_main('__main__', alter_argv=False)
+        return
     try:
         with io.open_code(path) as f:
-            source = f.read()
+            content = f.read()
     except OSError as e:
-        _fail(f'python -m chainer_deform: cannot open {name!r}: {e.strerror}\n')
-    if not (sys.flags.isolated or getattr(sys.flags, 'safe_path', False)):
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
-    return compile(source, path, 'exec', dont_inherit=True), {
-        '__file__': path,
-        '__cached__': None,
-        '__package__': None,
-        '__spec__': None,
-        '__loader__': importlib.machinery.SourceFileLoader('__main__', path),
-    }
+        _fail(
+            f"{sys.executable}: can't open file {path!r}: "
+            f'[Errno {e.errno}] {e.strerror}\n'
+        )
+    if not _is_isolated():
+        _set_first_path(os.path.dirname(os.path.realpath(path)))
+    magic = importlib.util.MAGIC_NUMBER
+    if path.endswith('.pyc') or content[:2] == magic[:2]:
+        if content[:4] != magic:
+            raise RuntimeError('Bad magic number in .pyc file')
+        code = marshal.loads(content[16:])
+        loader = importlib.machinery.SourcelessFileLoader('__main__', path)
+    else:
+        code = compile(content, path, 'exec', dont_inherit=True)
+        loader = importlib.machinery.SourceFileLoader('__main__', path)
+    _execute(code, path, loader)
 
 
-def _find_module(name: str) -> tuple[types.CodeType, dict[str, Any]]:
-    """The code of a module, and what ``python -m MODULE`` puts into its namespace."""
-    spec = importlib.util.find_spec(name)
-    if spec is not None and spec.submodule_search_locations is not None:
-        spec = importlib.util.find_spec(name + '.__main__')
-    if spec is None:
-        _fail(f'python -m chainer_deform: no module {name!r} to run\n')
-    sys.argv[0] = spec.origin
-    return spec.loader.get_code(spec.name), {
-        '__file__': spec.origin,
-        '__cached__': spec.cached,
-        '__package__': spec.parent,
-        '__spec__': spec,
-        '__loader__': spec.loader,
-    }
+def _run_standard_input() -> None:
+    """Runs what comes from standard input as ``python -`` does."""
+    if not _is_isolated():
+        _set_first_path('')
+    source = sys.stdin.buffer.read()
+    code = compile(source, '<stdin>', 'exec', dont_inherit=True)
+    _execute(code, '<stdin>', importlib.machinery.BuiltinImporter)
 
 
-def _run(code: types.CodeType, namespace: dict[str, Any]) -> None:
-    """Runs code in the emptied main module, where pickle looks for its names."""
-    main_module = vars(sys.modules['__main__'])
-    main_module.clear()
-    main_module.update(
-        namespace, __name__='__main__', __doc__=None, __builtins__=builtins
-    )
-    exec(code, main_module)
+def _execute(code: types.CodeType, path: str, loader) -> None:
+    """Executes code in the main module, with the names that Python gives to a file."""
+    program = vars(sys.modules['__main__'])
+    program.update(__file__=path, __cached__=None, __loader__=loader)
+    exec(code, program)
 
 
-def _excepthook(kind, error, traceback):
-    """The ordinary report of an uncaught exception, from the program's frames on."""
+def _is_isolated() -> bool:
+    """Whether Python puts no folder of the program into ``sys.path``."""
+    return bool(sys.flags.isolated or getattr(sys.flags, 'safe_path', False))
+
+
+def _set_first_path(path: str) -> None:
+    """Puts an entry where Python has one for the program: by now for this package."""
+    if _is_isolated():
+        sys.path.insert(0, path)
+    else:
+        sys.path[0] = path
+
+
+def _report(excepthook, kind, error, traceback) -> None:
+    """Reports an uncaught exception without the frames up to those of this file."""
+    sys.excepthook = excepthook
     entry = traceback
     while entry is not None and entry.tb_frame.f_globals is not globals():
         entry = entry.tb_next  # how Python came to run this file
-    while entry is not None and entry.tb_frame.f_globals is globals():
-        entry = error.__traceback__ = entry.tb_next
-    sys.__excepthook__(kind, error, error.__traceback__)
+    if entry is not None:
+        while entry is not None and entry.tb_frame.f_globals is globals():
+            entry = entry.tb_next
+        error.__traceback__ = traceback = entry
+    excepthook(kind, error, traceback)
 
 
 def _fail(message: str) -> NoReturn:
@@ -134,7 +217,8 @@ def _fail(message: str) -> NoReturn:
 
 
 if __name__ == '__main__':
-    # This namespace becomes the program's: go on in the importable copy of this module.
+    # The program gets a main module of its own, and children import this module by its
+    # name: go on in the importable copy.
     from chainer_deform.__main__ import main
 
     main()

@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 import sys
+import textwrap
 
 import numpy
 
@@ -26,7 +27,7 @@ EXAMPLE_WARNINGS = [*WARNINGS, '-W', 'ignore::ResourceWarning']
 
 def environment(**more):
     """Returns the environment of an example; no installation of the package needed."""
-    path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     return {**os.environ, 'PYTHONPATH': path, **more}
 
 
@@ -41,6 +42,25 @@ def run_example(script, cwd, options, **more):
         text=True,
         timeout=300,
     )
+
+
+def run_python(*args, cwd, stdin='', **more):
+    """Runs Python with options and arguments, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, '-W', 'error', *args],
+        cwd=cwd,
+        env=environment(**more),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def write(path, code):
+    """Writes an indented program to a file in a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(code))
 
 
 def load_module(path):

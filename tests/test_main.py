@@ -1,40 +1,50 @@
 """``python -m chainer_deform SCRIPT`` is ``python SCRIPT`` with a patched Chainer."""
 
-import importlib.util
 import os
-import pathlib
-import subprocess
-import sys
+import py_compile
+import re
 import textwrap
+import zipfile
 
+import chainer
+import numpy
 import pytest
 
-_ROOT = pathlib.Path(importlib.util.find_spec('chainer_deform').origin).parents[1]
+import chainer_deform
+from tests.programs import expect_success, run_python, write
+
+#: A program that shows all that Python tells it, also after its end, and fails then.
+SHOWS = """
+import atexit
+import pickle
+import sys
+
+class Pickled:
+    pass
+
+def show():
+    assert vars(sys.modules['__main__']) is globals()
+    assert type(pickle.loads(pickle.dumps(Pickled()))) is Pickled
+    print(sys.argv, sys.path[0], len(sys.path), sys.excepthook is sys.__excepthook__)
+
+atexit.register(show)
+show()
+names = dict(globals())
+loader, spec = names.pop('__loader__'), names.pop('__spec__')
+print(isinstance(loader, type) or type(loader), spec and (spec.name, spec.origin))
+print({name: names[name] for name in sorted(names) if name[:2] == '__'})
+
+def fail():
+    raise ValueError('at the end')
+
+fail()
+"""
 
 
-def python(*args, cwd):
-    """Runs Python in cwd, with warnings as errors."""
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))
-    return subprocess.run(
-        [sys.executable, '-W', 'error', *args],
-        cwd=cwd,
-        env={**os.environ, 'PYTHONPATH': path},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def write(path, code):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(textwrap.dedent(code))
-
-
-def same_as_python(*args, cwd):
+def same_as_python(*args, cwd, options=(), stdin=''):
     """Runs a program both ways and checks that all three results are the same."""
-    plain = python(*args, cwd=cwd)
-    ours = python('-m', 'chainer_deform', *args, cwd=cwd)
+    plain = run_python(*options, *args, cwd=cwd, stdin=stdin)
+    ours = run_python(*options, '-m', 'chainer_deform', *args, cwd=cwd, stdin=stdin)
     assert ours.stdout == plain.stdout
     assert ours.stderr == plain.stderr
     assert ours.returncode == plain.returncode
@@ -86,6 +96,124 @@ def test_exit_status_and_traceback(tmp_path, code, status):
     assert same_as_python('script.py', cwd=tmp_path).returncode == status
 
 
+@pytest.mark.parametrize(
+    'form',
+    ['above', 'folder', 'here', 'zip', 'pyc', 'other name', 'stdin', 'isolated zip'],
+)
+def test_forms_of_a_program(tmp_path, form):
+    write(tmp_path / 'script.py', SHOWS)
+    cwd = tmp_path / 'folder'
+    write(cwd / '__main__.py', SHOWS)
+    with zipfile.ZipFile(cwd / 'program.zip', 'w') as f:
+        f.writestr('__main__.py', SHOWS)
+    py_compile.compile(tmp_path / 'script.py', cwd / 'program.pyc', doraise=True)
+    (cwd / 'bytecode').write_bytes((cwd / 'program.pyc').read_bytes())
+    name, options, stdin = {
+        'above': ('../script.py', (), ''),
+        'folder': ('../folder', (), ''),
+        'here': ('.', (), ''),
+        'zip': ('program.zip', (), ''),
+        'pyc': ('program.pyc', (), ''),
+        'other name': ('bytecode', (), ''),
+        'stdin': ('-', (), SHOWS),
+        'isolated zip': ('program.zip', ('-I',), ''),
+    }[form]
+    result = same_as_python(
+        name, 'x', '-m', cwd=cwd, options=[*options, '-X', 'utf8'], stdin=stdin
+    )
+    assert result.returncode == 1
+    assert result.stderr.endswith('\nValueError: at the end\n')
+    assert result.stdout.count(str([name, 'x', '-m'])) == 2
+
+
+def test_module_that_fails(tmp_path):
+    write(tmp_path / 'package/__init__.py', 'import sys\nprint(sys.argv)')
+    write(tmp_path / 'package/module.py', SHOWS)
+    result = same_as_python('-m', 'package.module', '-m', 'x', cwd=tmp_path)
+    assert result.stderr.endswith('\nValueError: at the end\n')
+
+
+@pytest.mark.parametrize(
+    ('args', 'status', 'message'),
+    [
+        (['missing.py'], 2, "can't open file '.*missing.py': .Errno 2. No such file"),
+        (['damaged.pyc'], 1, 'RuntimeError: Bad magic number in .pyc file'),
+        (['package'], 1, "can't find '__main__' module in "),
+        (['-m', 'missing'], 1, 'No module named missing'),
+        (['-m', 'package'], 1, 'package.__main__.* cannot be directly executed'),
+        (['-m', 'package.missing'], 1, 'No module named package.missing'),
+        (['-m', 'package.wrong'], 1, 'SyntaxError: '),
+        (['-m', 'package.right.py'], 1, "Try using 'package.right' instead"),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_what_cannot_be_run(tmp_path, args, status, message):
+    write(tmp_path / 'package/__init__.py', '')
+    write(tmp_path / 'package/right.py', '')
+    write(tmp_path / 'package/wrong.py', 'x = = 1')
+    (tmp_path / 'damaged.pyc').write_bytes(bytes(100))
+    result = same_as_python(*args, cwd=tmp_path)
+    assert result.returncode == status
+    assert re.search(message, result.stderr)
+
+
+@pytest.mark.parametrize(
+    'host',
+    [
+        ['-m', 'cProfile', '-o', 'profile', '-m'],
+        ['-m', 'trace', '--count', '-C', 'counts', '--module'],
+    ],
+    ids=['cProfile', 'trace'],
+)
+def test_under_a_host(tmp_path, host):
+    write(
+        tmp_path / 'script.py',
+        """
+        import sys
+        import chainer.links as L
+
+        assert vars(sys.modules['__main__']) is globals()
+        print(L.DeformableConvolution2D.__module__, sys.argv)
+        """,
+    )
+    result = run_python(*host, 'chainer_deform', 'script.py', 'x', cwd=tmp_path)
+    expect_success(result)
+    assert result.stdout.startswith(
+        "chainer_deform.links.deformable_convolution_2d ['script.py', 'x']\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} > {'script.py'}
+
+
+def test_a_host_goes_on_as_before(tmp_path):
+    write(tmp_path / 'folder/script.py', 'raise ValueError(__name__)')
+    write(
+        tmp_path / 'host.py',
+        """
+        import runpy
+        import sys
+
+        sys.argv[:] = ['host', 'folder/script.py']
+        before = sys.modules['__main__'], sys.argv[:], sys.path[:], sys.excepthook
+        try:
+            runpy.run_module('chainer_deform', run_name='__main__')
+        except ValueError as e:
+            assert str(e) == '__main__'
+            assert e.__traceback__
+        assert before == (sys.modules['__main__'], sys.argv, sys.path, sys.excepthook)
+        assert before[0].runpy is runpy
+        try:
+            runpy.run_module('chainer_deform', run_name='__main__', alter_sys=True)
+        except ValueError as e:
+            assert str(e) == '__main__'
+        raise KeyError('of the host')
+        """,
+    )
+    result = run_python('-W', 'ignore::RuntimeWarning', 'host.py', cwd=tmp_path)
+    assert result.returncode == 1
+    assert 'host.py", line 18, in <module>' in result.stderr
+    assert result.stderr.endswith("KeyError: 'of the host'\n")
+
+
 def test_module(tmp_path):
     write(tmp_path / 'package/__init__.py', 'here = "package"')
     write(tmp_path / 'package/__main__.py', 'from . import module')
@@ -102,8 +230,8 @@ def test_module(tmp_path):
     result = same_as_python(*args, cwd=tmp_path)
     assert 'package.module' in result.stdout
     assert '--help' in result.stdout
-    result = python('-m', 'chainer_deform', '-m', 'package', cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, '')
+    result = run_python('-m', 'chainer_deform', '-m', 'package', cwd=tmp_path)
+    expect_success(result)
     assert 'package.module' in result.stdout
 
 
@@ -113,6 +241,7 @@ def test_unmodified_script_and_its_workers(tmp_path):
         tmp_path / 'script.py',
         '''
         import multiprocessing
+        import os
         import chainer
         import chainer.functions as F
         import chainer.links as L
@@ -137,6 +266,8 @@ def test_unmodified_script_and_its_workers(tmp_path):
                 child.join()
 
         if __name__ == '__main__':
+            # As in a program that sets its own: what multiprocessing sends is enough.
+            os.environ['PYTHONPATH'] = os.environ['PYTHONPATH'].partition(os.pathsep)[2]
             for method in multiprocessing.get_all_start_methods():
                 multiprocessing.set_start_method(method, force=True)
                 iterator = chainer.iterators.MultiprocessIterator(
@@ -158,8 +289,8 @@ def test_unmodified_script_and_its_workers(tmp_path):
                 print(method)
         ''',
     )
-    result = python('-m', 'chainer_deform', 'script.py', cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (0, ''), result.stderr
+    result = run_python('-m', 'chainer_deform', 'script.py', cwd=tmp_path)
+    expect_success(result)
     assert 'spawn' in result.stdout.split()
 
 
@@ -169,15 +300,17 @@ def test_fork_server_that_imports_the_script(tmp_path):
         tmp_path / 'script.py',
         """
         import multiprocessing
+        import os
         import chainer
 
         if __name__ == '__main__':
+            os.environ['PYTHONPATH'] = os.environ['PYTHONPATH'].partition(os.pathsep)[2]
             multiprocessing.set_start_method('forkserver')
             with multiprocessing.Pool(1) as pool:
                 print(pool.apply(chainer.as_array, [chainer.Variable()]))
         """,
     )
-    result = python(
+    result = run_python(
         '-c',
         textwrap.dedent("""
         import multiprocessing.spawn
@@ -195,24 +328,30 @@ def test_fork_server_that_imports_the_script(tmp_path):
         """),
         cwd=tmp_path,
     )
-    assert (result.returncode, result.stderr) == (0, ''), result.stderr
+    expect_success(result)
 
 
 @pytest.mark.parametrize(
     ('args', 'status', 'stdout', 'stderr'),
     [
         ([], 2, '', 'usage: python -m chainer_deform SCRIPT'),
+        (['-m'], 2, '', 'usage: python -m chainer_deform SCRIPT'),
         (['--help'], 0, 'usage: python -m chainer_deform SCRIPT', ''),
         (['--verbose', 'script.py'], 2, '', 'usage: python -m chainer_deform SCRIPT'),
-        (['missing.py'], 2, '', "cannot open 'missing.py': No such file or directory"),
-        (['-m', 'missing'], 2, '', "no module 'missing' to run"),
     ],
-    ids=['nothing', 'help', 'option', 'script', 'module'],
+    ids=['nothing', 'no module', 'help', 'option'],
 )
 def test_command_line(tmp_path, args, status, stdout, stderr):
-    result = python('-m', 'chainer_deform', *args, cwd=tmp_path)
+    result = run_python('-m', 'chainer_deform', *args, cwd=tmp_path)
     assert result.returncode == status
     for expected, actual in (stdout, result.stdout), (stderr, result.stderr):
         assert expected in actual if expected else not actual
-    if status and not expected.startswith('usage'):
-        assert result.stderr.count('\n') == 1
+
+
+def test_version(tmp_path):
+    result = run_python('-m', 'chainer_deform', '--version', cwd=tmp_path)
+    expect_success(result)
+    assert result.stdout == (
+        f'chainer_deform {chainer_deform.__version__}, '
+        f'Chainer {chainer.__version__}, NumPy {numpy.__version__}\n'
+    )
