@@ -20,6 +20,7 @@ import chainer
 import numpy
 
 import chainer_deform
+from chainer_deform import _enable
 from chainer_deform._startup import chainer_deform_startup
 
 _USAGE = """\
@@ -27,6 +28,7 @@ usage: python -m chainer_deform SCRIPT [ARGS...]
        python -m chainer_deform -m MODULE [ARGS...]
        python -m chainer_deform - [ARGS...]
        python -m chainer_deform --version
+       python -m chainer_deform --enable | --disable | --status
 
 Runs an unmodified Chainer program as `python SCRIPT`, `python -m MODULE` or `python -`
 would, with Chainer repaired for the NumPy and the Python that are installed, and its
@@ -34,6 +36,10 @@ deformable convolution replaced by that of chainer_deform. So it is in the Pytho
 processes that the program starts. SCRIPT is a file of Python or of its bytecode (.pyc),
 or a folder or zip file with a file __main__.py; - is standard input. All of ARGS goes
 to the program.
+
+--enable writes a file into this environment after which `import chainer` alone gives a
+repaired Chainer in every process, whatever is imported first. --disable removes it,
+--status says whether it is there.
 """
 
 
@@ -49,6 +55,9 @@ def main() -> None:
             f'Chainer {chainer.__version__}, NumPy {numpy.__version__}'
         )
         return
+    if len(args) == 1 and args[0] in ('--enable', '--disable', '--status'):
+        _change_environment(args[0])
+        return
     if args and args[0] == '-m' and len(args) > 1:
         # While Python looks for the module, sys.argv[0] is '-m'.
         run = functools.partial(runpy._run_module_as_main, args.pop(1))
@@ -60,6 +69,27 @@ def main() -> None:
         _fail(_USAGE)
     prepare()
     _run_as_main(run, args)
+
+
+def _change_environment(order: str) -> None:
+    """Does what ``--enable``, ``--disable`` or ``--status`` says."""
+    try:
+        if order == '--enable':
+            print(f'enabled: {_enable.enable()}')
+        elif order == '--disable':
+            print(
+                '\n'.join(f'removed: {path}' for path in _enable.disable())
+                or 'disabled'
+            )
+        else:
+            for path in _enable.enabled():
+                known = 'enabled' if _enable.is_current(path) else 'of another version'
+                print(f'{known}: {path}')
+            if not _enable.enabled():
+                print('disabled')
+    except OSError as e:
+        print(f'python -m chainer_deform {order}: {e}', file=sys.stderr)
+        sys.exit(1)
 
 
 def prepare() -> None:

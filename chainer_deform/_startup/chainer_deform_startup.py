@@ -1,4 +1,4 @@
-"""Repairs and patches Chainer when a process first imports it.
+"""Repairs Chainer, and patches it, when a process first imports it.
 
 :func:`install` runs at the start of processes of which most never import Chainer. So
 this file is outside of chainer_deform, which imports Chainer, and imports nothing else
@@ -12,8 +12,9 @@ import sys
 PYTHON = 'CHAINER_DEFORM_PYTHON'
 
 
-def install():
-    """Has the first import of Chainer or chainer_deform repair and patch Chainer."""
+def install(patch=True):
+    """Has the first import of Chainer or this package repair it, and patch it."""
+    _Finder.patch = _Finder.patch or patch
     if 'chainer_deform' not in sys.modules and _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
 
@@ -25,6 +26,8 @@ def identity():
 
 class _Finder:
     """A finder for sys.meta_path: the specs of the others, with changed loaders."""
+
+    patch = False
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -74,7 +77,8 @@ def _load_chainer_deform(module, execute):
     except BaseException:
         sys.meta_path.insert(0, _Finder)
         raise
-    module.patch_chainer()
+    if _Finder.patch:
+        module.patch_chainer()
 
 
 _LOADS = {'chainer': _load_chainer, 'chainer_deform': _load_chainer_deform}
