@@ -193,6 +193,15 @@ WANTED = [
     ('mask', 'W'),
 ]
 
+#: Offsets (y, x) that move a tap of a small image outside of it.
+OFFSETS_TO_OUTSIDE = [
+    (numpy.inf, 0.5),
+    (0.5, -numpy.inf),
+    (-3.5, 0.25),
+    (0.25, 7.5),
+    (-1e9, 1e9),
+]
+
 #: Largest error, relative to the largest number expected: a rounding for float16, whose
 #: sums are float32, and about 100 for the others.
 TOLERANCES = {'float16': 1e-3, 'float32': 1e-5, 'float64': 2e-14}

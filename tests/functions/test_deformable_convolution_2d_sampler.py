@@ -15,6 +15,7 @@ from chainer_deform.sampling import convolution, cpu
 from tests import reference
 from tests.cases import (
     CASES,
+    OFFSETS_TO_OUTSIDE,
     WANTED,
     WIDE_CASES,
     Case,
@@ -315,16 +316,7 @@ class TestNotFinite:
         for name in 'x', 'offset', 'W':
             assert not gradients[name].any()
 
-    @pytest.mark.parametrize(
-        ('v', 'u'),
-        [
-            (numpy.inf, 0.5),
-            (0.5, -numpy.inf),
-            (-3.5, 0.25),
-            (0.25, 7.5),
-            (-1e9, 1e9),
-        ],
-    )
+    @pytest.mark.parametrize(('v', 'u'), OFFSETS_TO_OUTSIDE)
     @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, numpy.nan])
     def test_point_outside_passes_nothing(self, v, u, value):
         """Neither times an infinite mask nor times an infinite gradient."""

@@ -14,7 +14,14 @@ from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
 from chainer_deform.sampling import convolution, cpu
 from tests import reference
-from tests.cases import CASES, WIDE_CASES, Case, assert_close, infinity_as_nan
+from tests.cases import (
+    CASES,
+    OFFSETS_TO_OUTSIDE,
+    WIDE_CASES,
+    Case,
+    assert_close,
+    infinity_as_nan,
+)
 
 every_case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
@@ -181,16 +188,7 @@ class TestAgainstOracle:
             flat[random.randint(flat.size, size=2)] = value
         check(case, arrays, gy, random_gg(arrays))
 
-    @pytest.mark.parametrize(
-        ('v', 'u'),
-        [
-            (numpy.inf, 0.5),
-            (0.5, -numpy.inf),
-            (-3.5, 0.25),
-            (0.25, 7.5),
-            (-1e9, 1e9),
-        ],
-    )
+    @pytest.mark.parametrize(('v', 'u'), OFFSETS_TO_OUTSIDE)
     @pytest.mark.parametrize('value', [numpy.inf, -numpy.inf, numpy.nan])
     def test_point_outside_passes_nothing(self, v, u, value):
         """Neither times a mask or gradient, nor where it would move to."""
