@@ -199,7 +199,7 @@ def _run_file(name: str) -> None:
 
 
 def _run_standard_input() -> None:
-    """Runs what comes from standard input as ``python -`` does."""
+    """Runs the program on standard input as ``python -`` does."""
     if not _is_isolated():
         _set_first_path('')
     source = sys.stdin.buffer.read()

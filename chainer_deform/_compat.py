@@ -337,9 +337,13 @@ def _basic_math(module, execute):
         return sub(self, rhs)
 
     module.sub = signed_sub
+    if _NUMPY_2:
+        _take_scalars_exactly(module)
     module.install_variable_arithmetics()
-    if not _NUMPY_2:
-        return
+
+
+def _take_scalars_exactly(module: types.ModuleType) -> None:
+    """The part of :func:`_basic_math` that NumPy 1 does not need."""
     module._preprocess_const = lambda x, value: x.dtype.type(_fit(value, x.dtype))
     div = module.div
 
@@ -350,22 +354,14 @@ def _basic_math(module, execute):
         return div(self, rhs)
 
     module.div = wide_div
-    power_grad = module.PowVarConstGrad
-    init = power_grad.__init__
-
-    @functools.wraps(init)
-    def exact_init(self, value):
-        is_real = isinstance(value, (numpy.integer, numpy.floating))
-        init(self, value.item() if is_real else value)
-
-    power_grad.__init__ = exact_init
-    module.install_variable_arithmetics()
+    _with_python_options('PowVarConstGrad')(module, lambda: None)
 
 
 def _with_python_options(name: str) -> Callable:
-    """A repair: the options of a class of a module are Python's floats, not NumPy's.
+    """A repair: the options of a class of a module are Python's numbers, not NumPy's.
 
-    Since NumPy 2 a numpy.float64 widens the arrays that it is computed with.
+    Since NumPy 2 a numpy.float64 widens the arrays that it is computed with, and a
+    number beside a NumPy scalar takes its type.
     """
 
     def repair(module, execute):
@@ -374,18 +370,19 @@ def _with_python_options(name: str) -> Callable:
         init = cls.__init__
 
         @functools.wraps(init)
-        def with_floats(self, *args, **kwargs):
+        def with_python_numbers(self, *args, **kwargs):
             init(
                 self, *map(_unwrap, args), **{k: _unwrap(v) for k, v in kwargs.items()}
             )
 
-        cls.__init__ = with_floats
+        cls.__init__ = with_python_numbers
 
     return repair
 
 
 def _unwrap(option: Any) -> Any:
-    return option.item() if isinstance(option, numpy.floating) else option
+    is_real = isinstance(option, (numpy.integer, numpy.floating))
+    return option.item() if is_real else option
 
 
 def _loss_of_many(module, execute):

@@ -102,7 +102,7 @@ def deform_convolutions(
 def _chosen(model: chainer.Link, which) -> dict[str, chainer.Link]:
     """The convolutions to replace, by path."""
     links = {path.lstrip('/'): link for path, link in model.namedlinks(skipself=True)}
-    # What is part of a deformable layer is none of the model's convolutions.
+    # Leave out deformable layers, and the convolutions inside of them.
     for path, link in list(links.items()):
         if isinstance(link, DeformableConvolution2D):
             for name in '', '/offset_conv', '/deform_conv':

@@ -100,7 +100,7 @@ class _Builder:
             self.cast(y, self.dtype())
 
     def reshape(self, x: str, *sizes: int) -> str:
-        """0 is the size that the axis has, -1 what is left."""
+        """Reshapes ``x``; size 0 keeps an axis, and -1 takes the rest."""
         return self.op('Reshape', x, self.ints(*sizes))
 
     def slice(self, x: str, axis: int, start: int, stop: int, step: int = 1) -> str:
@@ -403,18 +403,27 @@ def _where(b, func):
 # Neural network connections.
 
 
-def _convolution(b, func):
+def _stride_pad_dilate(func):
+    """Stride, pad and dilation of a convolution, one for each axis."""
     if hasattr(func, 'sy'):
-        stride, pad, dilate = (func.sy, func.sx), (func.ph, func.pw), (func.dy, func.dx)
-    else:
-        stride, pad, dilate = func.stride, func.pad, func.dilate
-    end = [p + s - 1 if func.cover_all else p for p, s in zip(pad, stride)]
+        return (func.sy, func.sx), (func.ph, func.pw), (func.dy, func.dx)
+    return func.stride, func.pad, func.dilate
+
+
+def _pads(func, stride, pad) -> list[int]:
+    """Before each axis and after it, where cover_all needs more."""
+    after = [p + s - 1 if func.cover_all else p for p, s in zip(pad, stride)]
+    return [*pad, *after]
+
+
+def _convolution(b, func):
+    stride, pad, dilate = _stride_pad_dilate(func)
     dtype = b.common_dtype()
     y = b.op(
         'Conv',
         *b.cast_inputs(dtype),
         kernel_shape=b.shape(1)[2:],
-        pads=[*pad, *end],
+        pads=_pads(func, stride, pad),
         strides=stride,
         dilations=dilate,
         group=func.groups,
@@ -423,11 +432,8 @@ def _convolution(b, func):
 
 
 def _deconvolution(b, func):
-    if hasattr(func, 'sy'):
-        stride, pad, dilate = (func.sy, func.sx), (func.ph, func.pw), (func.dy, func.dx)
-        out_sizes = func.outh, func.outw
-    else:
-        stride, pad, dilate, out_sizes = func.stride, func.pad, func.dilate, func.outs
+    stride, pad, dilate = _stride_pad_dilate(func)
+    out_sizes = func.outs if hasattr(func, 'outs') else (func.outh, func.outw)
     dtype, ksize = b.common_dtype(), b.shape(1)[2:]
     y = b.op(
         'ConvTranspose',
@@ -521,25 +527,19 @@ def _matmul(b, func):
     dtype = b.common_dtype()
     a, c = b.cast_inputs(dtype)
     a_ndim, c_ndim = len(b.shape(0)), len(b.shape(1))
-    # onnxruntime 1.32 takes a vector times a transposed matrix for something else.
-    squeezed = [axis for axis, ndim in ((-2, a_ndim), (-1, c_ndim)) if ndim == 1]
-    a = (
-        b.op('Unsqueeze', a, axes=[0])
-        if a_ndim == 1
-        else _swapped(b, a, a_ndim, func.transa)
-    )
-    c = (
-        b.op('Unsqueeze', c, axes=[1])
-        if c_ndim == 1
-        else _swapped(b, c, c_ndim, func.transb)
-    )
+    # onnxruntime 1.32 multiplies a vector with a transposed matrix wrongly.
+    a = _matrix(b, a, a_ndim, func.transa, vector_axis=0)
+    c = _matrix(b, c, c_ndim, func.transb, vector_axis=1)
     y = b.op('MatMul', a, c)
+    squeezed = [axis for axis, ndim in ((-2, a_ndim), (-1, c_ndim)) if ndim == 1]
     if squeezed:
         b.op('Squeeze', y, axes=squeezed)
 
 
-def _swapped(b, x: str, ndim: int, swap: bool) -> str:
-    """With the last two axes swapped."""
+def _matrix(b, x: str, ndim: int, swap: bool, vector_axis: int) -> str:
+    """An operand: a vector as a matrix, or a matrix, swapped if it is to be."""
+    if ndim == 1:
+        return b.op('Unsqueeze', x, axes=[vector_axis])
     perm = [*range(ndim - 2), ndim - 1, ndim - 2]
     return b.op('Transpose', x, perm=perm) if swap else x
 
@@ -656,17 +656,14 @@ def _window(func):
 def _pooling(b, op_type: str, func, value: float, **attributes):
     (x,) = b.inputs
     ksize, stride, pad = _window(func)
-    end = [p + s - 1 if func.cover_all else p for p, s in zip(pad, stride)]
-    pads = [*pad, *end]
+    pads, axes = _pads(func, stride, pad), len(pad)
     # Runtimes want a pad smaller than the window.
     if any(p >= k for p, k in zip(pads, 2 * ksize)):
         if attributes.get('count_include_pad') == 0:
             raise NoForm('pad as large as ksize and pad_value=None')
-        widths = b.ints(0, 0, *pad, 0, 0, *end)
-        x, pads = (
-            b.op('Pad', x, widths, b.constant(value, b.dtype())),
-            2 * len(pad) * [0],
-        )
+        widths = b.ints(0, 0, *pads[:axes], 0, 0, *pads[axes:])
+        x = b.op('Pad', x, widths, b.constant(value, b.dtype()))
+        pads = 2 * axes * [0]
     b.op(op_type, x, kernel_shape=ksize, strides=stride, pads=pads, **attributes)
 
 
@@ -787,10 +784,10 @@ CONVERTERS = {name: _converter(make) for name, make in _MAKERS.items()}
 
 
 def drop_expands(graph, shapes: dict[str, tuple]) -> None:
-    """Takes out broadcasts to the shape of what the result is, say, multiplied with.
+    """Removes broadcasts to the shape of the other operand of an arithmetic operator.
 
-    ``shapes`` has the shapes of calls' inputs, by name. ONNX broadcasts operands by
-    itself, and to any size.
+    ONNX broadcasts operands by itself, and to any size. ``shapes`` has the shapes of
+    the inputs of calls, by name.
     """
     users: dict = {}
     for node in graph.node:

@@ -220,7 +220,7 @@ _NO_LAYER = (
 
 
 def _own_layers(paths: list) -> str:
-    """What is said of layers of Chainer's own class."""
+    """The warning about layers of Chainer's own class."""
     more = f' and {len(paths) - 4} more' if len(paths) > 4 else ''
     return (
         "nothing is seen of deformable layers of Chainer's own class "

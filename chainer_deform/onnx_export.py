@@ -346,7 +346,6 @@ def _named(name: str, converter, shapes: dict[str, tuple]):
 
     It adds to ``shapes`` those of the inputs, by name.
     """
-    name = _onnx_converters.public_name(name)
 
     def convert(params):
         inputs = zip(params.input_names, params.func.inputs)
@@ -354,12 +353,14 @@ def _named(name: str, converter, shapes: dict[str, tuple]):
         try:
             return converter(params)
         except _onnx_converters.NoForm as e:
+            function = _onnx_converters.public_name(name)
             raise RuntimeError(
-                f'the model cannot be exported: {name} has no ONNX form with {e}'
+                f'the model cannot be exported: {function} has no ONNX form with {e}'
             ) from None
         except Exception as e:
+            function = _onnx_converters.public_name(name)
             raise RuntimeError(
-                f'the model cannot be exported: not {name} as it is called there '
+                f'the model cannot be exported: not {function} as it is called there '
                 f'({type(e).__name__}: {e})'
             ) from e
 

@@ -125,7 +125,7 @@ class SamplingPointsReport(training.Extension):
     def initialize(self, trainer: training.Trainer) -> None:
         self._warned = False
         target = self._target_of(trainer)  # no target is an error before the training
-        # What is not reported yet may be missing.
+        # A placeholder may name a value that is reported only later.
         _check_placeholders(self._filename, trainer, ignored=(IndexError, KeyError))
         if self._available:
             warn_of_unseen('SamplingPointsReport', {'': target})
