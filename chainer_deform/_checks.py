@@ -47,10 +47,23 @@ def boolean(name: str, value) -> bool:
 
 def positive(name: str, value) -> float:
     """``value``, a finite number above 0, as a float; ``name`` is for the error."""
+    number = _real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f'{name} must be above 0 and finite, not {value!r}')
+    return number
+
+
+def finite(name: str, value) -> float:
+    """``value``, a finite number, as a float; ``name`` is for the error."""
+    number = _real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f'{name} must be finite, not {value!r}')
+    return number
+
+
+def _real(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f'{name} must be a number, not {value!r}')
-    if not 0 < value < math.inf:
-        raise ValueError(f'{name} must be above 0 and finite, not {value!r}')
     return float(value)
 
 
@@ -90,6 +103,12 @@ def float_shapes(types: Mapping) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def argument_shapes(arguments: Mapping) -> dict[str, tuple[int, ...]]:
+    """The shapes of a function's arguments by name, all of which have a float dtype."""
+    with type_check.light_mode:
+        return float_shapes(arguments)
+
+
 def check_shape(
     name: str, shape: tuple[int, ...], expected: tuple[int, ...], rule: str = ''
 ) -> None:
@@ -98,6 +117,25 @@ def check_shape(
         raise type_check.InvalidType(
             f'{name}.shape == {expected} {rule}'.rstrip(), f'{name}.shape == {shape}'
         )
+
+
+def check_indices(name: str, indices, shape: tuple[int, ...], count: int) -> None:
+    """Checks an array of integers from 0 to ``count - 1``; ``name`` is for the error.
+
+    Of an array on a GPU the values are read back, for which the GPU is waited for.
+    """
+    check_shape(name, indices.shape, shape)
+    if indices.dtype.kind not in 'iu':
+        raise type_check.InvalidType(
+            f'{name}.dtype is an integer one', f'{name}.dtype == {indices.dtype}'
+        )
+    if indices.size:
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f'{name} must be from 0 to {count - 1}, as there are {count} images, '
+                f'but are from {low} to {high}'
+            )
 
 
 def check_in_any_case(check: Callable, arguments: Mapping) -> None:
@@ -135,7 +173,8 @@ def third_order_error(function: str) -> RuntimeError:
 
 
 def check_devices(arguments: dict) -> None:
-    """Checks that every argument is an array and lies where ``x`` lies."""
+    """Checks that every argument is an array and lies where the first one lies."""
+    first = next(iter(arguments))
     array_types = chainer.get_array_types()
     devices = {}
     for name, argument in arguments.items():
@@ -146,8 +185,8 @@ def check_devices(arguments: dict) -> None:
                 found += ' that is not initialised'
             raise TypeError(f'{name} must be a Variable or an array, not a {found}')
         devices[name] = backend.get_device_from_array(array)
-        if devices[name] != devices['x']:
+        if devices[name] != devices[first]:
             raise ValueError(
-                f'{name} must be on the device of x, {devices["x"]}, '
+                f'{name} must be on the device of {first}, {devices[first]}, '
                 f'but is on {devices[name]}'
             )
