@@ -13,7 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
 
-.PHONY: help demo bench docs test test-numpy test-mpi test-cuda-compile test-gpu sanitize lint format clean
+.PHONY: help demo bench docs test test-numpy test-mpi test-cuda-compile test-gpu \
+	gpu-report sanitize lint format clean
 
 help:
 	@echo 'make demo    set up $(VENV), train a plain and a deformable model, draw its points'
@@ -24,6 +25,7 @@ help:
 	@echo 'make test-mpi    also install an MPI, train with two processes'
 	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
+	@echo 'make gpu-report    tests, times against torchvision, counters; ten minutes on a GPU'
 	@echo 'make sanitize    a short run of them under compute-sanitizer'
 	@echo 'make lint    check style and formatting'
 	@echo 'make format  put the formatting right'
@@ -73,6 +75,7 @@ $(STAMP)-docs: $(STAMP)
 	@touch $@
 
 docs: $(STAMP)-docs
+	rm -rf docs/api
 	for f in README.rst examples/*/README.rst; do \
 		$(VENV)/bin/python -m docutils --halt=warning $$f > /dev/null || exit 1; done
 	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
@@ -98,11 +101,19 @@ test-cuda-compile: $(STAMP)-cuda
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
+# Chainer's wheel, for a machine with a GPU and without a network.
+.whl: $(STAMP)
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $@ chainer==7.8.1
+
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py $(if $(OUT),--out '$(OUT)')
+
 sanitize:
 	@command -v compute-sanitizer > /dev/null || \
 		{ echo 'compute-sanitizer is not installed; it is part of the CUDA toolkit'; exit 1; }
-	compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu tests/gpu -k short_run
+	for tool in memcheck initcheck synccheck; do \
+		compute-sanitizer --tool $$tool --kernel-name kns=chainer_deform --error-exitcode 1 \
+			$(PYTHON) -m pytest -m gpu tests/gpu -k short_run || exit 1; done
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check
@@ -113,5 +124,5 @@ format: $(STAMP)
 	$(VENV)/bin/ruff format
 
 clean:
-	rm -rf $(VENV) result docs/_build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) result docs/_build docs/api .whl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -38,11 +38,12 @@ setup(
         # Compiles the CPU path for the CPU it runs on.
         'fast': fast,
         'cuda': ['cupy>=12,<15'],
-        # What compiles the kernels where there is no GPU.
+        # What compiles and disassembles the kernels where there is no GPU.
         'cuda-compile': [
             'cupy-cuda13x==14.2.*',
             'nvidia-cuda-nvrtc==13.0.*',
             'nvidia-cuda-runtime==13.0.*',
+            'nvidia-cuda-nvdisasm>=13.2,<14',
         ],
         # The peers that are compared with.
         'bench': ['onnxruntime', 'openvino', 'threadpoolctl>=3', *fast, *onnx, *plot],
@@ -51,7 +52,15 @@ setup(
         # It needs an MPI: that of the cluster, or the package mpich or openmpi.
         'mpi': ['mpi4py>=4'],
         'examples': examples,
-        'docs': ['sphinx>=7', 'furo', *plot],
+        'docs': [
+            'sphinx>=7.2.5',
+            'docutils>=0.21',
+            'furo',
+            'sphinx-copybutton',
+            'myst-nb>=1',
+            'scikit-learn>=1.1',
+            *plot,
+        ],
         'test': test,
         'lint': ['ruff==0.17.6'],
     },

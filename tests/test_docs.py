@@ -4,6 +4,7 @@ import dataclasses
 import doctest
 import functools
 import importlib
+import json
 import os
 import pathlib
 import pkgutil
@@ -22,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / 'docs'
 PAGES = [ROOT / 'README.rst', *sorted(DOCS.glob('*.rst'))]
 READMES = sorted(ROOT.glob('examples/*/README.rst'))
+NOTEBOOKS = sorted(DOCS.glob('*.ipynb'))
 MODULES = [
     importlib.import_module(module.name)
     for module in pkgutil.walk_packages(chainer_deform.__path__, 'chainer_deform.')
@@ -82,60 +84,182 @@ def blocks(page, kind):
 
 
 def python_blocks(page):
-    """The Python blocks of a page: file name (or None) and text."""
-    return [
-        (options.get('name'), text)
-        for language, options, text in blocks(page, 'code-block')
-        if language == 'python'
-    ]
+    """The Python blocks of a page: file name (or None), text, what it prints.
+
+    A block of the class ``continues-the-first`` goes on from the page's first one, and
+    is run with it. What a block prints is in the block of the class ``output`` below
+    it, if there is one.
+    """
+    result = []
+    for language, options, text in blocks(page, 'code-block'):
+        kind = options.get('class')
+        if language == 'python':
+            before, printed = '', ''
+            if kind == 'continues-the-first':
+                _, before, printed = result.pop(0)
+            result.append((options.get('name'), before + text, printed))
+        elif kind == 'output':
+            name, code, printed = result[-1]
+            result[-1] = name, code, printed + text.strip() + '\n'
+    return result
 
 
-def run_python(tmp_path, name, text, *args):
-    script = tmp_path / name
-    script.write_text(text, encoding='utf-8')
-    subprocess.run(
-        [sys.executable, *WARNINGS, *args, script],
-        cwd=tmp_path,
-        env={**os.environ, 'MPLBACKEND': 'agg'},
-        check=True,
-        timeout=100,
+def pictures(page):
+    """The programs that draw the pictures of a page; blocks in a context are one."""
+    context = []
+    for file, options, text in blocks(page, 'plot'):
+        if file:
+            text = (DOCS / file).read_text(encoding='utf-8')
+        if 'nofigs' not in options:
+            text += "\nassert plt.gcf().axes\nplt.close('all')\n"
+        if 'context' in options:
+            context.append(text)
+        else:
+            yield text
+    if context:
+        yield '\n'.join(context)
+
+
+def notebook(path):
+    """The code of a notebook."""
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return '\n'.join(
+        ''.join(cell['source']) + '\n' for cell in cells if cell['cell_type'] == 'code'
     )
 
 
+def run_python(tmp_path, name, text, *args):
+    """What a program prints."""
+    script = tmp_path / name
+    script.write_text(text, encoding='utf-8')
+    return subprocess.run(
+        [sys.executable, *WARNINGS, *args, script],
+        cwd=tmp_path,
+        env={'OMP_NUM_THREADS': '1', **os.environ, 'MPLBACKEND': 'agg'},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=100,
+    ).stdout
+
+
 @pytest.mark.parametrize(
-    ('name', 'text'),
+    ('name', 'text', 'printed'),
     [
         pytest.param(*block, id=f'{page.relative_to(ROOT)}-{i}')
         for page in (*PAGES, *READMES)
         for i, block in enumerate(python_blocks(page))
     ],
 )
-def test_page(name, text, tmp_path):
+def test_page(name, text, printed, tmp_path):
     """A block with a file name is an unmodified Chainer script, run by the package."""
     if 'import onnxruntime' in text:
         pytest.importorskip('onnxruntime', '1.25')  # the first to have DeformConv
     args = ('-m', 'chainer_deform') if name else ()
-    run_python(tmp_path, name or 'example.py', text, *args)
+    output = run_python(tmp_path, name or 'example.py', text, *args)
+    assert output == printed or not printed
+
+
+def test_drop_in_shows_the_difference(tmp_path):
+    """README's script prints what README says, with Chainer's own layer, too."""
+    readme = ROOT / 'README.rst'
+    ((_, text, ours),) = (block for block in python_blocks(readme) if block[0])
+    (theirs,) = (
+        text.strip() + '\n'
+        for _, options, text in blocks(readme, 'code-block')
+        if options.get('class') == 'output-of-chainers-own'
+    )
+    assert run_python(tmp_path, 'own.py', 'import chainer_deform\n' + text) == theirs
+    assert ours != theirs
 
 
 @pytest.mark.parametrize(
-    ('file', 'text'),
+    'text',
     [
-        pytest.param(file, text, id=f'{page.stem}-{i}')
+        pytest.param(text, id=f'{page.stem}-{i}')
         for page in PAGES
-        for i, (file, _, text) in enumerate(blocks(page, 'plot'))
+        for i, text in enumerate(pictures(page))
     ],
 )
-def test_picture(file, text, tmp_path):
+def test_picture(text, tmp_path):
     """Under -W error, and that it draws something."""
-    if file:
-        text = (DOCS / file).read_text(encoding='utf-8')
-    text += '\nassert plt.gcf().axes\n'
     run_python(tmp_path, 'picture.py', text)
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path, tmp_path):
+    """It runs, and is kept without results: those are made when the pages are built."""
+    run_python(tmp_path, 'notebook.py', notebook(path))
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    assert not any(cell.get('outputs') for cell in cells)
+
+
+def test_sorted_imports_keep_the_package_before_chainer(tmp_path):
+    """Whoever copies an example may have it sorted by ruff or isort."""
+    pytest.importorskip('ruff')
+    texts = {path.name: notebook(path) for path in NOTEBOOKS}
+    for page in (*PAGES, *READMES):
+        codes = [text for name, text, _ in python_blocks(page) if not name]
+        for i, text in enumerate([*codes, *pictures(page)]):
+            texts[f'{page.relative_to(ROOT)}-{i}'] = text
+    files = {name: tmp_path / f'{i}.py' for i, name in enumerate(texts)}
+    for name, path in files.items():
+        path.write_text(texts[name], encoding='utf-8')
+    command = 'check', '--isolated', '--select', 'I', '--fix', '--quiet', tmp_path
+    subprocess.run([sys.executable, '-m', 'ruff', *command], check=True, timeout=100)
+    late = []
+    for name, path in files.items():
+        imports = re.findall(
+            r'^(?:import|from) (chainer\w*)', path.read_text(encoding='utf-8'), re.M
+        )
+        if 'chainer' in imports and imports[0] != 'chainer_deform':
+            late.append(name)
+    assert not late
+
+
+def test_reference_has_every_public_name():
+    """So the page of its own that docs/conf.py sees to is there."""
+    module, listed = None, set()
+    for line in (DOCS / 'reference.rst').read_text(encoding='utf-8').splitlines():
+        if start := re.fullmatch(r'\.\. (?:automodule|currentmodule):: (\S+)', line):
+            module = start[1]
+        elif name := re.fullmatch(r'   (\w+)', line):
+            listed.add(f'{module}.{name[1]}')
+    missing = []
+    for name in public_names():
+        module, _, item = name.rpartition('.')
+        if '._' not in module and module.count('.') < 2 and name not in listed:
+            item = getattr(importlib.import_module(module), item)
+            missing += [name] if callable(item) else []
+    assert not missing
+
+
+def test_readme_table_has_every_function():
+    text = (ROOT / 'README.rst').read_text(encoding='utf-8')
+    table = text.partition('What works where:')[2].partition('.. end-intro')[0]
+    functions = chainer_deform.functions.__all__
+    assert not [name for name in functions if f'``{name}``' not in table]
+
+
+def test_every_example_has_a_page():
+    for readme in READMES:
+        page = DOCS / 'examples' / f'{readme.parent.name}.rst'
+        path = f'.. include:: ../../{readme.relative_to(ROOT).as_posix()}\n'
+        assert path in page.read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize(
+    'page',
+    [ROOT / 'README.rst', *READMES],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_images_of_a_readme_are_there(page):
+    for path in re.findall(r'\.\. image:: (\S+)', page.read_text(encoding='utf-8')):
+        assert (page.parent / path).exists()
+
+
 def test_readme_has_examples():
-    names = [name for name, _ in python_blocks(ROOT / 'README.rst')]
+    names = [name for name, _, _ in python_blocks(ROOT / 'README.rst')]
     assert any(names)
     assert None in names
 
