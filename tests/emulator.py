@@ -38,6 +38,7 @@ _HEADER = r"""
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+using std::memcpy;
 #define __device__
 #define __CUDACC_VER_MAJOR__ 13
 #define __CUDACC_VER_MINOR__ 0
@@ -298,10 +299,7 @@ def _gemm(
 
 
 cupy = types.SimpleNamespace(
-    **{
-        name: getattr(numpy, name)
-        for name in ('arange', 'ascontiguousarray', 'searchsorted', 'sort', 'zeros')
-    },
+    **{name: getattr(numpy, name) for name in ('ascontiguousarray', 'sort', 'zeros')},
     empty=_empty,
     ElementwiseKernel=ElementwiseKernel,
     cuda=types.SimpleNamespace(

@@ -92,7 +92,8 @@ def backward(
     if 'W' in wanted:
         call.write_gradient(filters, gradients['W'])
     if 'b' in wanted:
-        gradients['b'] = gy.sum((0, 2, 3), call.dtypes[1]).astype(b.dtype)
+        gb = gy.sum((0, 2, 3), call.dtypes[1])
+        gradients['b'] = gb.astype(b.dtype, copy=False)
     return gradients
 
 

@@ -6,11 +6,14 @@ point is the work of ``LANES`` neighbouring threads of a warp, which share its c
 What does not change from batch to batch of a layer is compiled into its kernels; the
 sizes of batch and images are not.
 
-The columns of a convolution lie by groups, (G, R, K * iCg), as its products take them.
+The columns of a convolution lie by groups, (G, R, K * iCg), as its products take them;
+where each group has one channel (depthwise), they are (1, R, K * c), and kernels of our
+own multiply them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -24,8 +27,14 @@ from chainer_deform.sampling.rule import point_limit
 #: Bytes that the columns of a tile, with their gradient, may take.
 COLUMN_BYTES = 1 << 30
 
+#: Coordinates and numbers of cells below this have 32 bits in the kernels.
+NARROW = 1 << 31
+
 #: Lanes of a warp that may share a point.
-MOST_LANES = 32
+MOST_LANES = 8
+
+#: Channels whose sums a lane keeps, where samples are added up.
+HELD_CHANNELS = 16
 
 #: Positions per image below which one product for all images replaces one for each.
 FEW_POSITIONS = 512
@@ -73,9 +82,11 @@ def tile_positions(numbers: int, points: int, dtypes, tiles: int, parts: int) ->
     """
     itemsize, wide = dtypes[0].itemsize, _wide(dtypes[0]).itemsize
     column_bytes = numbers * (wide if wide == itemsize else wide + itemsize)
-    # The keys that points are sorted by, with what sorting takes.
-    key_bytes = points * 3 * 8
-    most = COLUMN_BYTES // max(column_bytes, key_bytes)
+    key_bytes = 0
+    if chainer.config.cudnn_deterministic:
+        # The keys that points are sorted by, with what sorting takes, and weights.
+        key_bytes = points * (3 * 8 + 8 * dtypes[1].itemsize)
+    most = COLUMN_BYTES // max(1, column_bytes, key_bytes)
     return max(1, min(most, (2**31 - 1) // max(numbers, points)))
 
 
@@ -124,21 +135,25 @@ def load_columns(gy, channels, dtypes):
 def _swap(source, target) -> None:
     """``target[i, c, r] = source[i, r, c]``, in another dtype, too."""
     n, rows, cols = source.shape
-    whole = rows % 4 == cols % 4 == 0 and not any(
-        _pointer(array) % (4 * array.itemsize) for array in (source, target)
-    )
-    tile = 4 if whole else 1
-    blocks = -(-rows // (4 * tile)), -(-cols // (8 * tile))
+    # A thread reads and writes 16 bytes at a time, where the arrays are aligned to it.
+    tile_rows, tile_cols = _vector(rows, target), _vector(cols, source)
+    blocks = -(-rows // (4 * tile_rows)), -(-cols // (8 * tile_cols))
     threads = n * blocks[0] * blocks[1] * 32
     sizes = rows, cols, *blocks
-    swap_kernel(tile)(source.reshape(-1), *sizes, target.reshape(-1), size=threads)
+    kernel = swap_kernel(tile_rows, tile_cols)
+    kernel(source.reshape(-1), *sizes, target.reshape(-1), size=threads)
+
+
+def _vector(length: int, array) -> int:
+    """How many elements of rows of this length are in one access."""
+    return math.gcd(length, 16 // array.itemsize, _pointer(array) // array.itemsize)
 
 
 class Sampler:
     """Samples images at the points of a tile, and differentiates the samples.
 
-    Columns are (G, R, K * iCg) in the groups of a convolution; where the samples of an
-    output position are added up they are (R, 1, c).
+    Columns are (G, R, K * iCg) in the groups of a convolution, (1, R, K * c) if it is
+    depthwise, and (R, 1, c) where the samples of an output position are added up.
 
     Args:
         points: Where the points are.
@@ -176,9 +191,14 @@ class Sampler:
         self.taps = points.R * points.groups * points.K
         _, self.h, self.w = size
         self.scalars.update(images=self.images, rows=points.R, h=self.h, w=self.w)
+        cells = self.images * points.groups * (self.h + 1) * (self.w + 1)
+        self.wide = cells >= NARROW
         for name, pad, side in zip(('y', 'x'), pads, size[1:]):
-            limit = point_limit(side + pad, side, self.real)
-            self.scalars[f'limit_{name}'] = float(limit)
+            limit = _limit(side + pad, side, self.real)
+            self.scalars[f'limit_{name}'] = limit
+            # No place of the grid, and no point, is further from 0.
+            self.wide = self.wide or 2 * (limit + pad) >= NARROW
+        self.scalars['tap_bits'] = max(0, self.taps - 1).bit_length()
 
     def sample(self, image, channels):
         """The columns."""
@@ -233,15 +253,18 @@ class Sampler:
     def _new_columns(self, c: int):
         if self.points.summed:
             return cupy.empty((self.points.R, 1, c), self.dtype)
-        depth = self.points.K * c // self.groups
-        return cupy.empty((self.groups, self.points.R, depth), self.dtype)
+        groups = self._column_groups(c)
+        depth = self.points.K * c // groups
+        return cupy.empty((groups, self.points.R, depth), self.dtype)
 
     def _sample(self, images: dict, c: int, dot=False):
         columns = self._new_columns(c)
         name, taps = 'sample', self.taps
         if self.points.summed:
-            name, taps = 'sample_sum', self.taps // self.points.K
-        self._launch(name, taps * self._lanes(c), c, images, {'columns': columns}, dot)
+            name, taps = 'sample_sum', self.points.R * self.points.groups
+        threads = taps * self._shared(c)[1]
+        inputs = {**images, **self._points(dot)}
+        self._launch(name, threads, c, inputs, {'columns': columns}, dot)
         return columns
 
     def _differentiate(self, arrays: dict, gimage, columns, c: int, dot=False) -> None:
@@ -252,8 +275,9 @@ class Sampler:
             chainer.utils.nondeterministic('atomicAdd')
             outputs['gimage'] = gimage
         if any(array is not None for array in outputs.values()):
-            threads = self.taps * self._lanes(c)
-            self._launch('differentiate', threads, c, arrays, outputs, dot)
+            threads = self.taps * self._shared(c)[1]
+            inputs = {**arrays, **self._points(dot)}
+            self._launch('differentiate', threads, c, inputs, outputs, dot)
 
     def _gather(self, arrays: dict, gimage, c: int, dot: bool) -> None:
         """Adds to ``gimage`` in an order that is the same in every run.
@@ -263,61 +287,91 @@ class Sampler:
         """
         cells = self.images * self.points.groups * (self.h + 1) * (self.w + 1)
         keys = cupy.empty(self.taps, numpy.int64)
-        self._launch('sort_key', self.taps, c, {}, {'keys': keys})
+        weights = {'weights': cupy.empty((self.taps, 4), self.real)}
+        if dot and self.tangents:
+            weights['weights_dot'] = cupy.empty((self.taps, 4), self.real)
+        outputs = {'keys': keys, **weights}
+        self._launch('sort_key', self.taps, c, self._points(dot), outputs, dot)
         keys = cupy.sort(keys)
-        starts = cupy.searchsorted(
-            keys, cupy.arange(cells + 1, dtype=numpy.int64) * self.taps
-        )
+        starts = cupy.empty(cells + 1, numpy.int32)
+        self._launch('start', cells + 1, c, {'keys': keys}, {'starts': starts})
         inputs = {name: arrays.get(name) for name in ('gcolumns', 'gcolumns_dot')}
-        inputs.update(keys=keys, starts=starts)
-        threads = self.images * self.h * self.w * (c // self._vector(c))
+        inputs.update(keys=keys, starts=starts, **weights)
+        threads = self.images * self.h * self.w * (c // self._shared(c)[0])
         self._launch('gather', threads, c, inputs, {'gimage': gimage}, dot)
 
-    def _vector(self, c: int) -> int:
-        """How many channels are read in one access."""
-        channels = math.gcd(c // self.groups, c // self.points.groups)
-        return math.gcd(channels, 16 // self.dtype.itemsize)
+    def _column_groups(self, c: int) -> int:
+        """The groups that columns lie by: one where each has one channel only."""
+        return 1 if c == self.groups else self.groups
 
-    def _lanes(self, c: int) -> int:
-        """How many threads share a point: a power of two."""
-        vectors = c // self.points.groups // self._vector(c)
-        return 1 << (min(MOST_LANES, vectors) - 1).bit_length()
+    def _shared(self, c: int) -> tuple[int, int]:
+        groups = self._column_groups(c), self.points.groups
+        return _shared(*groups, c, self.dtype.itemsize, MOST_LANES)
+
+    def _points(self, dot: bool) -> dict:
+        """The arrays that say where the points are, and how they move."""
+        return {**self.arguments, **self.tangents} if dot else self.arguments
+
+    def _present(self, arrays: dict) -> dict:
+        """Those arrays that are not None; of images the tile's."""
+        images = {} if self.points.summed else ('image', 'image_dot', 'gimage')
+        return {
+            name: array[self.tile] if name in images else array
+            for name, array in arrays.items()
+            if array is not None
+        }
 
     def _launch(self, name, threads: int, c: int, inputs, outputs, dot=False) -> None:
-        """Runs a kernel over arrays, by name, and what every kernel takes.
-
-        Those that are None are left out. Of images the tile's are passed.
-        """
-        image_part = slice(None) if self.points.summed else self.tile
-        inputs, outputs = (
-            {
-                key: array[image_part] if 'image' in key else array
-                for key, array in arrays.items()
-                if array is not None
-            }
-            for arrays in (inputs, outputs)
-        )
-        inputs = {**inputs, **self.arguments, **(self.tangents if dot else {})}
+        """Runs a kernel over arrays, by name, that may be None, and numbers."""
+        inputs, outputs = self._present(inputs), self._present(outputs)
+        vector, lanes = self._shared(c)
+        held = min(HELD_CHANNELS, c // self.points.groups // lanes) // vector
         constants = {
             **self.constants,
-            'VEC': self._vector(c),
-            'LANES': self._lanes(c),
+            'VEC': vector,
+            'LANES': lanes,
+            # More would take too many registers along tangents.
+            'HELD': 1 if dot else max(1, held),
             'C': c,
-            'GROUPS': self.groups,
+            'GROUPS': self._column_groups(c),
             'OG': self.points.groups,
             'K': self.points.K,
             'CLAMP': int(self.points.clamp),
             'SUMMED': int(self.points.summed),
             'DOT': int(dot),
             'DOUBLE': int(self.real == numpy.float64),
+            'WIDE': int(self.wide),
         }
-        names = tuple(inputs), tuple(self.scalars), tuple(outputs)
-        sampler_kernel(name, *names, tuple(constants.items()))(
-            *(array.reshape(-1) for array in inputs.values()),
-            *self.scalars.values(),
-            *(array.reshape(-1) for array in outputs.values()),
-            size=threads,
-        )
+        _launch(name, threads, inputs, outputs, self.scalars, constants)
+
+
+def _launch(name, threads: int, inputs, outputs, scalars, constants) -> None:
+    """Runs a kernel over arrays and numbers, by name."""
+    names = tuple(inputs), tuple(scalars), tuple(outputs)
+    kernel, scalar_names = sampler_kernel(name, *names, tuple(constants.items()))
+    arrays = [array.reshape(-1) for array in (*inputs.values(), *outputs.values())]
+    numbers = [scalars[name] for name in scalar_names]
+    kernel(*arrays[: len(inputs)], *numbers, *arrays[len(inputs) :], size=threads)
+
+
+@functools.lru_cache(1000)
+def _limit(largest_grid: int, size: int, dtype) -> float:
+    return float(point_limit(largest_grid, size, dtype))
+
+
+@functools.cache
+def _shared(
+    groups: int, points_groups: int, c: int, itemsize: int, most_lanes: int
+) -> tuple[int, int]:
+    """Channels that are read in one access, and threads that share a point.
+
+    The latter are a power of two; each has at least two vectors of the point's
+    channels, where there are as many.
+    """
+    channels = math.gcd(c // groups, c // points_groups)
+    vector = math.gcd(channels, 16 // itemsize)
+    most = max(1, min(most_lanes, c // points_groups // vector // 2))
+    return vector, 1 << most.bit_length() - 1
 
 
 def _grid(points) -> tuple[dict, dict, tuple[int, int]]:
@@ -333,8 +387,8 @@ def _grid(points) -> tuple[dict, dict, tuple[int, int]]:
     scalars = dict(
         first_position=points.tile[1].start,
         positions=points.positions,
-        out_h=out_h,
         out_w=out_w,
+        out_size=out_h * out_w,
     )
     # The grid reaches no further than the padding.
     return constants, scalars, (geometry.ph, geometry.pw)
@@ -352,7 +406,8 @@ class Filter:
     """
 
     def __init__(self, W, groups: int, dtype, threads: int) -> None:
-        self.filters = _by_group(W, groups, dtype)
+        self.depthwise = _Depthwise.of(W, groups, dtype)
+        self.filters = None if self.depthwise else _by_group(W, groups, dtype)
 
     def multiply(self, columns, y, add: bool) -> None:
         """``y (m, out_c, p) = filter @ columns``, or ``+=``."""
@@ -379,6 +434,9 @@ def convolve(terms, b, y) -> None:
     if not terms:
         y[...] = 0 if b is None else b[:, None]
         return
+    if terms[0][0].depthwise:
+        _convolve_depthwise(terms, b, y)
+        return
     m, out_c, p = y.shape
     dtype = terms[0][1].dtype
     rounded_once = len(terms) == 1 and (
@@ -400,6 +458,110 @@ def convolve(terms, b, y) -> None:
         y[...] = target
 
 
+def _convolve_depthwise(terms, b, y) -> None:
+    """The same for filters that have one channel a group."""
+    m, out_c, p = y.shape
+    depthwise = terms[0][0].depthwise
+    c = depthwise.c
+    sums = cupy.empty((depthwise.multiplier, m, p, c), _wide(terms[0][1].dtype))
+    if b is not None:
+        # (multiplier, 1, 1, c)
+        sums[...] = b.reshape(c, -1).swapaxes(0, 1)[:, None, None]
+    for number, (filters, columns) in enumerate(terms):
+        filters.depthwise.multiply(columns, sums, add=b is not None or number > 0)
+    sums = sums.reshape(-1, p, c)
+    if depthwise.multiplier == 1 and y.flags.c_contiguous:
+        _swap(sums, y)
+        return
+    swapped = cupy.empty((len(sums), c, p), y.dtype)
+    _swap(sums, swapped)
+    # (multiplier, m, c, p) -> (m, c, multiplier, p)
+    swapped = swapped.reshape(-1, m, c, p).transpose(1, 2, 0, 3)
+    y[...] = swapped.reshape(y.shape)
+
+
+class _Depthwise:
+    """A filter that has one channel a group, for its products with columns.
+
+    Its vectors are of all channels, and its columns (R, K, c).
+
+    Args:
+        W: Array (c * multiplier, 1, kh, kw).
+        c: The channels.
+        dtype: That of the products.
+
+    """
+
+    #: Sums of a filter's gradient that threads share, and rows of each at least.
+    SUMS, ROWS = 1 << 19, 64
+
+    @classmethod
+    def of(cls, W, groups: int, dtype):
+        """None for a filter that has more channels, or one group."""
+        return cls(W, groups, dtype) if groups > 1 and W.shape[1] == 1 else None
+
+    def __init__(self, W, c: int, dtype) -> None:
+        self.c, self.multiplier, self.dtype = c, len(W) // c, dtype
+        # (c, multiplier, K) -> (multiplier, K, c)
+        filters = W.reshape(c, self.multiplier, -1).transpose(1, 2, 0)
+        self.filters = cupy.ascontiguousarray(filters, dtype)
+        self.vector = math.gcd(c, 16 // dtype.itemsize)
+
+    def multiply(self, columns, sums, add: bool) -> None:
+        """``sums (multiplier, m, p, c) = filter * columns``, or ``+=``."""
+        rows = columns.shape[1]
+        inputs = {'columns': columns, 'filters': self.filters}
+        threads = rows * self.c // self.vector
+        self._launch('depthwise', threads, inputs, {'sums': sums}, {'rows': rows}, add)
+
+    def gcolumns(self, gy):
+        """The gradient of the columns, of that of outputs (c * multiplier, R)."""
+        gy = self._channels_last(gy)
+        rows, depth = gy.shape[1], self.filters.shape[1] * self.c
+        gcolumns = cupy.empty((1, rows, depth), _wide(self.dtype))
+        inputs, outputs = {'gy': gy, 'filters': self.filters}, {'gcolumns': gcolumns}
+        threads = gcolumns.size // self.vector
+        self._launch('depthwise_gcolumns', threads, inputs, outputs, {'rows': rows})
+        return gcolumns
+
+    def gradient(self, gy, columns):
+        """The filter's gradient (multiplier, K, c)."""
+        gy = self._channels_last(gy)
+        rows = gy.shape[1]
+        shares = max(1, min(self.SUMS // self.filters.size, rows // self.ROWS))
+        gfilters = cupy.empty((shares, *self.filters.shape), _wide(self.dtype))
+        inputs, outputs = {'gy': gy, 'columns': columns}, {'gfilters': gfilters}
+        threads = gfilters.size // self.vector
+        scalars = {'rows': rows, 'shares': shares}
+        self._launch('depthwise_gfilters', threads, inputs, outputs, scalars)
+        return gfilters.sum(0)
+
+    def _channels_last(self, gy):
+        """(c * multiplier, R) -> (multiplier, R, c)."""
+        gy = cupy.ascontiguousarray(
+            gy.reshape(self.c, self.multiplier, -1).swapaxes(0, 1)
+        )
+        swapped = cupy.empty((self.multiplier, gy.shape[2], self.c), gy.dtype)
+        _swap(gy, swapped)
+        return swapped
+
+    def _launch(self, name, threads, inputs, outputs, scalars, add=False) -> None:
+        constants = {
+            'VEC': self.vector,
+            'C': self.c,
+            'K': self.filters.shape[1],
+            'MULTIPLIER': self.multiplier,
+            'ADD': int(add),
+            'GROUPS': 1,
+            'OG': 1,
+            'CLAMP': 0,
+            'SUMMED': 0,
+            'DOUBLE': int(self.dtype == numpy.float64),
+            'WIDE': 0,
+        }
+        _launch(name, threads, inputs, outputs, scalars, constants)
+
+
 class TransposedFilter:
     """A filter, for the gradients of its columns and of itself.
 
@@ -411,11 +573,15 @@ class TransposedFilter:
     """
 
     def __init__(self, W, groups: int, dtype) -> None:
-        self.filters, self.dtype = _by_group(W, groups, dtype), _wide(dtype)
+        self.depthwise = _Depthwise.of(W, groups, dtype)
+        self.filters = None if self.depthwise else _by_group(W, groups, dtype)
+        self.dtype = _wide(dtype)
         self.gradient = None
 
     def gcolumns(self, gy):
         """The gradient of the columns, of that of outputs (out_c, R)."""
+        if self.depthwise:
+            return self.depthwise.gcolumns(gy)
         groups, _, depth = self.filters.shape
         gcolumns = cupy.empty((groups, gy.shape[1], depth), self.dtype)
         # (G, R, K * iCg) = (G, R, oCg) @ (G, oCg, K * iCg)
@@ -425,6 +591,10 @@ class TransposedFilter:
     def add_gradient(self, gy, columns) -> None:
         """Adds to the filter's gradient what outputs and columns make of it."""
         add = self.gradient is not None
+        if self.depthwise:
+            gradient = self.depthwise.gradient(gy, columns)
+            self.gradient = self.gradient + gradient if add else gradient
+            return
         if not add:
             self.gradient = cupy.empty(self.filters.shape, self.dtype)
         # (G, oCg, K * iCg) = (G, oCg, R) @ (G, R, K * iCg)
@@ -434,6 +604,11 @@ class TransposedFilter:
         """Writes the filter's gradient to ``gW (out_c, c / groups, kh, kw)``."""
         if self.gradient is None:
             gW[...] = 0
+            return
+        if self.depthwise:
+            # (multiplier, K, c) -> (c, multiplier, K)
+            gradient = self.gradient.transpose(2, 0, 1)
+            gW.reshape(gradient.shape)[...] = gradient
             return
         groups, out_c, _ = self.filters.shape
         in_c, kh, kw = gW.shape[1:]
@@ -455,6 +630,7 @@ def _by_group(W, groups: int, dtype):
     return filters.reshape(groups, out_c // groups, kh * kw * in_c)
 
 
+@functools.cache
 def _wide(dtype):
     """The dtype of what is summed up, for factors of ``dtype``."""
     return numpy.promote_types(dtype, numpy.float32)
@@ -468,37 +644,39 @@ def _matmul(a, b, out, add=False) -> None:
     """
     batch, rows, cols = out.shape
     # cuBLAS counts by columns: it computes the transpose of the product.
-    b_transposed, b_leading = _order(b)
-    a_transposed, a_leading = _order(a)
-    _, leading = _order(out)
-    real = numpy.float64 if a.dtype == numpy.float64 else numpy.float32
-    one, beta = numpy.ones((), real), numpy.full((), add, real)
-    cublas = cupy.cuda.cublas
-    cublas.gemmStridedBatchedEx(
+    b_transposed, *b = _matrices(b)
+    a_transposed, *a_numbers = _matrices(a)
+    _, *out = _matrices(out)
+    zero, one, _ = _zero_and_one(_wide(a.dtype))
+    cupy.cuda.cublas.gemmStridedBatchedEx(
         cupy.cuda.device.get_cublas_handle(),
-        *(b_transposed, a_transposed, cols, rows, a.shape[2], one.ctypes.data),
-        *(_pointer(b), _CUDA_TYPES[b.dtype.char], b_leading, _stride(b, 0)),
-        *(_pointer(a), _CUDA_TYPES[a.dtype.char], a_leading, _stride(a, 0)),
-        beta.ctypes.data,
-        *(_pointer(out), _CUDA_TYPES[out.dtype.char], leading, _stride(out, 0)),
+        *(b_transposed, a_transposed, cols, rows, a.shape[2], one),
+        *(*b, *a_numbers, one if add else zero, *out),
         *(batch, _compute_type(a.dtype), -1),
     )
 
 
-def _order(matrices) -> tuple[int, int]:
-    """Whether cuBLAS has to transpose a row-major matrix, and its leading dimension."""
-    _, rows, cols = matrices.shape
-    row, col = _stride(matrices, 1), _stride(matrices, 2)
+@functools.cache
+def _zero_and_one(dtype) -> tuple:
+    """Where these numbers are on the host, and what keeps them there."""
+    numbers = numpy.array([0, 1], dtype)
+    return numbers.ctypes.data, numbers.ctypes.data + numbers.itemsize, numbers
+
+
+def _matrices(array) -> tuple[int, int, int, int, int]:
+    """Row-major matrices (batch, rows, cols) for cuBLAS.
+
+    Whether it has to transpose them; then their pointer, type, leading dimension and
+    the step from one to the next, which is 0 where there is one.
+    """
+    batch, rows, cols = array.shape
+    step, row, col = [stride // array.itemsize for stride in array.strides]
     if (col == 1 or cols == 1) and (row >= cols or rows == 1):
-        return 0, max(row, cols)
-    return 1, max(col, rows)
-
-
-def _stride(matrices, axis: int) -> int:
-    """The step along an axis, in elements; 0 along a batch of one."""
-    if matrices.shape[axis] == 1:
-        return 0
-    return matrices.strides[axis] // matrices.itemsize
+        transposed, leading = 0, max(row if rows > 1 else 0, cols)
+    else:
+        transposed, leading = 1, max(col if cols > 1 else 0, rows)
+    step = step if batch > 1 else 0
+    return transposed, _pointer(array), _CUDA_TYPES[array.dtype.char], leading, step
 
 
 # Numbers of cudaDataType and cublasComputeType_t.

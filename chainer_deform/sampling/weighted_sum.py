@@ -150,9 +150,9 @@ class _Call:
         self.images = Images(backend, x.shape, self.dtypes, self.threads)
         self.channels = slice(0, c)
         self.parts = cut(c, c, self.threads, unit=16)
-        # The output positions, image after image; None for those of a single batch.
-        self.order = None
-        if len(self.images.batches()) > 1:
+        # The output positions, image after image; None if they are so already.
+        self.order, self.sorted_indices = None, indices
+        if len(self.images.batches()) > 1 and (indices[1:] < indices[:-1]).any():
             self.order = indices.argsort(kind='stable')
             self.sorted_indices = indices[self.order]
 
@@ -178,11 +178,17 @@ class _Call:
             tiles,
             parts,
         )
-        if self.order is None:
-            return cut(len(self.indices), most, tiles)
-        ends = self.sorted_indices.searchsorted([batch.start, batch.stop])
-        positions = self.order[slice(*ends)]
-        return [positions[part] for part in cut(len(positions), most, tiles)]
+        start, stop = 0, len(self.indices)
+        if batch.stop - batch.start < self.images.n:
+            ends = self.sorted_indices.searchsorted([batch.start, batch.stop])
+            start, stop = (int(end) for end in ends)
+        parts = [
+            slice(start + part.start, start + part.stop)
+            for part in cut(stop - start, most, tiles)
+        ]
+        if self.order is not None:
+            tiles = [self.order[tile] for tile in tiles]
+        return tiles
 
     def sampler(self, batch: slice, tile, tangents=None, gradients=None):
         """What samples a batch at the points of a tile; as for a convolution."""

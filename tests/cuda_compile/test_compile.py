@@ -4,11 +4,7 @@ The host code runs on NumPy arrays; each kernel that it launches is compiled ins
 for several architectures, from the source that CuPy generates for it.
 """
 
-import functools
-import io
-import pathlib
 import re
-import warnings
 
 import numpy
 import pytest
@@ -16,17 +12,8 @@ import pytest
 from chainer_deform.sampling import convolution, cuda, weighted_sum
 from tests import emulator
 from tests.cases import CASES, Case, SumCase
-
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # CuPy's about libraries that are not needed here
-    cupy = pytest.importorskip('cupy', reason='make test-cuda-compile installs CuPy')
-    nvidia = pytest.importorskip(
-        'nvidia', reason='make test-cuda-compile installs NVRTC'
-    )
-    from cupy._core import _carray, _kernel, _scalar, core
-    from cupy.cuda import compiler
-
-ARCHITECTURES = ('sm_70', 'sm_75', 'sm_80', 'sm_90')
+from tests.cuda_compile import compiling
+from tests.cuda_compile.compiling import accepted_architectures
 
 #: Most registers of a thread, of those kernels that take the time. All others are only
 #: held to no spills.
@@ -34,83 +21,24 @@ REGISTERS = {
     ('chainer_deform_sample', 'float32'): 48,
     ('chainer_deform_sample', 'float16'): 56,
     ('chainer_deform_sample, second order', 'float32'): 64,
-    ('chainer_deform_sample, second order', 'float16'): 80,
+    ('chainer_deform_sample, second order', 'float16'): 72,
     ('chainer_deform_sample_sum, given points', 'float32'): 64,
     ('chainer_deform_sample_sum, given points', 'float16'): 64,
-    ('chainer_deform_differentiate', 'float32'): 72,
-    ('chainer_deform_differentiate', 'float16'): 80,
-    ('chainer_deform_differentiate, second order', 'float32'): 96,
-    ('chainer_deform_differentiate, second order', 'float16'): 112,
+    ('chainer_deform_sample_sum, second order, given points', 'float32'): 96,
+    ('chainer_deform_sample_sum, second order, given points', 'float16'): 112,
+    ('chainer_deform_differentiate', 'float32'): 64,
+    ('chainer_deform_differentiate', 'float16'): 72,
+    ('chainer_deform_differentiate, second order', 'float32'): 80,
+    ('chainer_deform_differentiate, second order', 'float16'): 96,
     ('chainer_deform_differentiate, given points', 'float32'): 64,
-    ('chainer_deform_differentiate, given points', 'float16'): 80,
-    ('chainer_deform_differentiate, second order, given points', 'float32'): 96,
-    ('chainer_deform_differentiate, second order, given points', 'float16'): 128,
+    ('chainer_deform_differentiate, given points', 'float16'): 72,
+    ('chainer_deform_differentiate, second order, given points', 'float32'): 80,
+    ('chainer_deform_differentiate, second order, given points', 'float16'): 96,
+    ('chainer_deform_gather', 'float32'): 40,
+    ('chainer_deform_gather, second order', 'float32'): 48,
+    ('chainer_deform_swap', 'float32'): 40,
+    ('chainer_deform_swap', 'float16'): 56,
 }
-
-_ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's kinds of arguments
-
-
-def compile_options() -> list[str]:
-    includes = [core._get_header_dir_path()]
-    for path in nvidia.__path__:
-        includes += map(str, pathlib.Path(path).rglob('include'))
-    return [
-        '--std=c++17',
-        *(f'-I{path}' for path in includes),
-        *core._get_cccl_include_options(),
-        '--ptxas-options=-v',
-    ]
-
-
-@functools.cache
-def accepted_architectures() -> list[str]:
-    """Those of ARCHITECTURES that this NVRTC still knows."""
-    accepted = []
-    for architecture in ARCHITECTURES:
-        program = compiler._NVRTCProgram('', 'empty.cu', method='cubin')
-        try:
-            program.compile((f'-arch={architecture}',))
-        except compiler.CompileException as error:
-            if 'gpu-architecture' not in str(error):
-                raise
-        else:
-            accepted.append(architecture)
-    return accepted
-
-
-def generated_source(kernel, args, index_32_bits=True) -> str:
-    """What CuPy would compile to run a kernel on these arrays and numbers."""
-    infos, letters = [], {}
-    for param, arg in zip(kernel.params, (*args, None)):
-        if param.raw:
-            infos.append(
-                _kernel._ArgInfo(
-                    _ARRAY, cupy.ndarray, arg.dtype, 1, True, index_32_bits
-                )
-            )
-            if param.dtype is None:
-                letters[param.ctype] = arg.dtype
-        elif param.name == '_ind':
-            infos.append(
-                _kernel._ArgInfo(
-                    _INDEXER, _carray.Indexer, None, 1, True, index_32_bits
-                )
-            )
-        else:
-            infos.append(
-                _kernel._ArgInfo(
-                    _SCALAR, _scalar.CScalar, param.dtype, 0, True, index_32_bits
-                )
-            )
-    code = _kernel._get_elementwise_kernel_code(
-        tuple(infos),
-        _kernel._TypeMap(tuple(letters.items())),
-        kernel.params,
-        kernel.operation,
-        kernel.name,
-        kernel.preamble,
-    )
-    return ''.join(f'#include <{name}>\n' for name in core._cupy_header_list) + code
 
 
 class CompiledKernel:
@@ -120,23 +48,21 @@ class CompiledKernel:
     index_32_bits = True  # what CuPy says of arrays below 2 GiB
 
     def __init__(self, *args, **kwargs):
-        self.kernel = cupy.ElementwiseKernel(*args, **kwargs)
+        self.kernel = compiling.cupy.ElementwiseKernel(*args, **kwargs)
 
     def __call__(self, *args, size):
-        source = generated_source(self.kernel, args, self.index_32_bits)
+        source = compiling.generated_source(self.kernel, args, self.index_32_bits)
         for architecture in accepted_architectures():
             if (source, architecture) in self.compiled:
                 continue
-            log = io.StringIO()
-            program = compiler._NVRTCProgram(source, 'kernel.cu', method='cubin')
-            program.compile((*compile_options(), f'-arch={architecture}'), log)
-            self.compiled[source, architecture] = log.getvalue()
+            _, log = compiling.compiled(source, architecture)
+            self.compiled[source, architecture] = log
             name = self.kernel.name
             if '#define DOT 1' in source:
                 name += ', second order'
             if '#define SUMMED 1' in source:
                 name += ', given points'
-            self.check(log.getvalue(), name, args[0].dtype.name, architecture)
+            self.check(log, name, args[0].dtype.name, architecture)
 
     def check(self, log, name, dtype, architecture):
         used = {
@@ -157,7 +83,7 @@ class CompiledKernel:
 
 
 @pytest.fixture(autouse=True)
-def compiling(monkeypatch):
+def kernels_compile(monkeypatch):
     # Sort keys have to be numbers, though nothing writes them.
     emulator.emulate(monkeypatch, ElementwiseKernel=CompiledKernel, empty=numpy.zeros)
 
@@ -257,6 +183,17 @@ def test_sums_compile(border, dtype, location_dtype):
         launch_sums(case, dtype, location_dtype)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64'])
+def test_depthwise_compiles(dtype):
+    for c in 6, 16:
+        case = Case(n=1, c=c, out_c=2 * c, groups=c, ksize=(3, 3), mask=True)
+        arrays, gy = case.arrays(dtype), case.gy(dtype)
+        gg = {name: arrays[name] for name in ('W', 'x')}
+        convolution.forward(cuda, case.geometry, **arrays)
+        convolution.backward(cuda, case.geometry, {*arrays}, gy, **arrays)
+        convolution.double_backward(cuda, case.geometry, {'gy'}, gg, gy, **arrays)
+
+
 def test_tangents_of_other_dtypes_compile():
     case = CASES['all']
     arrays, gy = case.arrays('float16'), case.gy('float16')
@@ -266,7 +203,9 @@ def test_tangents_of_other_dtypes_compile():
 
 
 def test_large_arrays_compile(monkeypatch):
+    """With 64-bit indices, and coordinates."""
     monkeypatch.setattr(CompiledKernel, 'index_32_bits', False)
+    monkeypatch.setattr(cuda, 'NARROW', 0)
     launch_everything(CASES['all'], 'float32')
     launch_sums(SumCase(c=8, q=2), 'float32')
 
@@ -283,6 +222,5 @@ def test_vector_atomics():
             and '#define VEC 4' in source
             and f'#define DOT {order}' in source
         ]
-        program = compiler._NVRTCProgram(sources[-1], 'kernel.cu')
-        ptx, _ = program.compile((*compile_options()[:-1], '-arch=compute_90'))
-        assert re.search(rb'(red|atom)\.global\.[a-z.]*v4\.f32', ptx)
+        ptx = compiling.ptx(sources[-1], 'sm_90')
+        assert re.search(r'(red|atom)\.global\.[a-z.]*v4\.f32', ptx)

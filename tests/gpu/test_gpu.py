@@ -101,6 +101,7 @@ def test_mixed_dtypes(dtype, offset_dtype):
     assert_same(SUM_CASES['groups, clamp'], dtype, offset_dtype)
 
 
+@pytest.mark.parametrize('lanes', [1, 8, 32])
 @pytest.mark.parametrize('few_positions', [0, 512])
 @pytest.mark.parametrize(
     'case',
@@ -112,12 +113,22 @@ def test_mixed_dtypes(dtype, offset_dtype):
     ],
     ids=['wide', 'groups', 'depthwise', 'odd'],
 )
-def test_lanes_and_products(case, few_positions, monkeypatch):
+def test_lanes_and_products(case, few_positions, lanes, monkeypatch):
+    monkeypatch.setattr(sampling, 'MOST_LANES', lanes)
     monkeypatch.setattr(sampling, 'FEW_POSITIONS', few_positions)
     for dtype in 'float32', 'float16':
         assert_same(case, dtype)
     monkeypatch.setattr(sampling, 'COLUMN_BYTES', 1 << 18)
     assert_same(case, 'float32')
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_wide_coordinates(deterministic, monkeypatch):
+    """Kernels of large images count with 64 bits."""
+    monkeypatch.setattr(sampling, 'NARROW', 0)
+    with chainer.using_config('cudnn_deterministic', deterministic):
+        assert_same(CASES['all'], 'float32')
+        assert_same(SUM_CASES['groups, clamp'], 'float32')
 
 
 @both_borders

@@ -1,5 +1,7 @@
 """The GPU path on NumPy arrays: kernels emulated, products by their pointers."""
 
+import pathlib
+import sys
 import weakref
 
 import chainer
@@ -292,6 +294,24 @@ def test_pieces_of_sums(name, column_bytes, deterministic, monkeypatch):
     check(case, case.arrays('float32'), case.gy('float32'))
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64'])
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case(c=16, out_c=16, groups=16, mask=True),
+        Case(c=24, out_c=48, groups=24, offset_groups=3, bias=False),
+        Case(c=5, out_c=15, groups=5),
+    ],
+    ids=['one output', 'two outputs', 'odd'],
+)
+def test_depthwise(case, dtype, deterministic, monkeypatch):
+    """All at once and in pieces; the filter's gradient in several shares."""
+    for column_bytes in 1 << 30, 20_000:
+        monkeypatch.setattr(cuda, 'COLUMN_BYTES', column_bytes)
+        monkeypatch.setattr(cuda._Depthwise, 'ROWS', 5)
+        check(case, case.arrays(dtype), case.gy(dtype))
+
+
 def vector_case(kind, c):
     if kind == 'sum':
         return SumCase(c=c, size=(4, 6), groups=2, border='clamp')
@@ -341,12 +361,16 @@ def test_deterministic(name, piece_bytes, monkeypatch):
 
 @pytest.mark.parametrize('name', SUM_CASES)
 def test_deterministic_sums(name):
+    """An infinite gradient, too, reaches those pixels only that count."""
     case = SUM_CASES[name]
     with (
         chainer.using_config('cudnn_deterministic', True),
         chainer.using_config('warn_nondeterministic', True),
     ):
         check(case, case.arrays('float32'), case.gy('float32'))
+        gy = case.gy('float32')
+        gy[::3] = numpy.inf
+        check_first_order(case, case.arrays('float32'), gy, same=infinity_as_nan)
 
 
 @both_borders
@@ -357,6 +381,45 @@ def test_sums_on_the_lattice(border, deterministic):
     rows, columns = numpy.mgrid[-2:4.5:0.5, -2:5.5:0.5]
     arrays['locations'][:, 0, 0] = numpy.stack([rows, columns], -1).reshape(-1, 2)
     check(case, arrays, gy)
+
+
+@pytest.mark.parametrize(
+    'case',
+    [CASES['all'], CASES['large pad'], SUM_CASES['groups, clamp']],
+    ids=['all', 'large pad', 'sum'],
+)
+def test_wide_coordinates(case, deterministic, monkeypatch):
+    """Kernels of large images, or of far grids, count with 64 bits."""
+
+    class Kernel(emulator.ElementwiseKernel):
+        def __call__(self, *args, size):
+            assert 'swap' in self.name or '#define WIDE 1' in self.preamble
+            super().__call__(*args, size=size)
+
+    emulator.emulate(monkeypatch, ElementwiseKernel=Kernel)
+    monkeypatch.setattr(cuda, 'NARROW', 0)
+    check(case, case.arrays('float32'), case.gy('float32'))
+
+
+@pytest.mark.parametrize(
+    ('size', 'pad', 'wide'),
+    [
+        ((2, 30_000, 30_000), 1, False),
+        ((2, 33_000, 33_000), 1, True),
+        ((2, 1, 400_000_000), 1, False),
+        ((2, 1, 600_000_000), 1, True),
+        ((2, 1, 1), 500_000_000, False),
+        ((2, 1, 1), 540_000_000, True),
+    ],
+)
+def test_coordinates_are_wide_where_they_must_be(size, pad, wide):
+    """Else twice the farthest point, and all cells, stay below 2 ** 31."""
+    case = Case(ksize=(1, 1), pad=(pad, pad))
+    offset = numpy.zeros((2, 2, 3, 3), 'f')
+    tile = slice(0, 2), slice(0, 9)
+    points = Grid(case.geometry, (3, 3), tile, 0)
+    dtypes = cuda.dtypes(offset, offset)
+    assert cuda.Sampler(points, size, dtypes, (offset, None)).wide == wide
 
 
 def test_atomics_are_announced():
@@ -585,6 +648,20 @@ def test_given_point_outside_passes_nothing(value, place, border, deterministic)
         numpy.testing.assert_array_equal(gradient, expected_second[name], name)
 
 
+@pytest.mark.parametrize('lanes', [1, 2])
+def test_infinite_gradient_at_the_corner_of_the_image(lanes, monkeypatch):
+    """Of the point's pixels one is in the image; the others are no infinite zeros."""
+    monkeypatch.setattr(cuda, 'MOST_LANES', lanes)
+    case = Case(n=1, c=16, out_c=1, size=(1, 1), ksize=(1, 1), mask=True, bias=False)
+    arrays, gy = case.arrays('float32'), case.gy('float32')
+    for name, value in ('x', 2), ('offset', 0.25), ('W', 1), ('mask', 1):
+        arrays[name][...] = value
+    gy[...] = numpy.inf
+    _, gradients = run(case, arrays, gy)
+    assert numpy.isposinf(gradients['mask']).all()
+    assert numpy.isneginf(gradients['offset']).all()
+
+
 @pytest.mark.parametrize('side', [-0.5, 3.5])
 def test_clipped_coordinate_passes_nothing(side):
     """Not even times an infinite weight; the other coordinate does."""
@@ -694,6 +771,96 @@ def run_backward(case, arrays, gy, wanted):
     return driver.backward(cuda, *args, wanted, gy, **arrays, **kwargs)
 
 
+class Host:
+    """Counts what the host does, while kernels and products do nothing."""
+
+    def __init__(self, monkeypatch):
+        self.launches, self.allocations, self.calls = [], 0, 0
+
+        class Kernel:
+            def __init__(self, inputs, outputs, operation, name, preamble=''):
+                self.name = name.replace('chainer_deform_', '')
+
+            def __call__(kernel, *args, size):  # noqa: N805
+                self.launches.append(kernel.name)
+
+        def product(*args):
+            self.launches.append('product')
+
+        names = {name: self.counted(getattr(numpy, name)) for name in MAKERS}
+        emulator.emulate(monkeypatch, ElementwiseKernel=Kernel, **names)
+        monkeypatch.setattr(cuda.cupy.cuda.cublas, 'gemmStridedBatchedEx', product)
+
+    def counted(self, make):
+        def counted_make(*args):
+            self.allocations += 1
+            return make(*args)
+
+        return counted_make
+
+    def profile(self, frame, event, arg):
+        package = str(pathlib.Path(cuda.__file__).parents[1])
+        self.calls += event == 'call' and frame.f_code.co_filename.startswith(package)
+
+    def of(self, function):
+        """Launches by name, allocations and calls of our functions, once warm."""
+        function()
+        self.__dict__.update(launches=[], allocations=0, calls=0)
+        sys.setprofile(self.profile)
+        try:
+            function()
+        finally:
+            sys.setprofile(None)
+        print(self.launches, self.allocations, self.calls)
+        return self.launches, self.allocations, self.calls
+
+
+def test_work_of_the_host(deterministic, monkeypatch):
+    """Of a layer of 2 x 256 x 56 x 56, of a depthwise one, and of a sum."""
+    host = Host(monkeypatch)
+    size = {'n': 2, 'size': (56, 56), 'ksize': (3, 3), 'pad': (1, 1), 'bias': False}
+    gather = ['sort_key', 'start', 'gather'] if deterministic else []
+    more, calls_more = (3, 40) if deterministic else (0, 0)
+    for case, forward, backward, allocations, calls in (
+        (
+            Case(c=256, out_c=256, **size),
+            ['swap', 'sample', 'product'],
+            ['swap', 'product', *gather, 'differentiate', 'product', 'swap'],
+            (3, 7 + more),
+            (95, 140 + calls_more),
+        ),
+        (
+            Case(c=64, out_c=64, groups=64, **size),
+            ['swap', 'sample', 'depthwise', 'swap'],
+            [
+                *('swap', 'swap', 'depthwise_gcolumns', *gather),
+                *('differentiate', 'swap', 'depthwise_gfilters', 'swap'),
+            ],
+            (4, 9 + more),
+            (98, 143 + calls_more),
+        ),
+        (
+            SumCase(c=256, size=(56, 56), q=300, groups=8, points=4),
+            ['swap', 'sample_sum'],
+            ['swap', *gather, 'differentiate', 'swap'],
+            (3, 5 + more),
+            (69, 92 + calls_more),
+        ),
+    ):
+        arrays, gy = case.arrays('float32'), case.gy('float32')
+        driver, args, kwargs = options_of(case)
+        names, made, called = host.of(
+            lambda: driver.forward(cuda, *args, **arrays, **kwargs)  # noqa: B023
+        )
+        assert (names, made) == (forward, allocations[0])
+        assert called <= calls[0]
+        names, made, called = host.of(
+            lambda: driver.backward(cuda, *args, {*arrays}, gy, **arrays, **kwargs)  # noqa: B023
+        )
+        assert (names, made) == (backward, allocations[1])
+        assert called <= calls[1]
+
+
 def test_pieces_keep_indices_below_two_to_the_31(monkeypatch):
     """Though memory may allow for more; columns, points and outputs count."""
     monkeypatch.setattr(cuda, 'COLUMN_BYTES', 1 << 60)
@@ -745,6 +912,16 @@ def test_memory_order_does_not_matter(case):
         other = run_second_order(case, arrays, change(case.gy()), other_gg)
         for name, gradient in second_order.items():
             assert_close(other[name], gradient, name)
+
+
+@pytest.mark.parametrize('dtypes', ['ff', 'ee', 'fe', 'ef', 'dd', 'df'])
+@pytest.mark.parametrize('shape', [(2, 8, 16), (1, 24, 40), (3, 6, 9), (2, 7, 32)])
+def test_swap(shape, dtypes):
+    """Tiles of 1 to 8 elements along each axis, and more than a warp has."""
+    source = numpy.arange(numpy.prod(shape)).reshape(shape).astype(dtypes[0])
+    target = numpy.full((shape[0], shape[2], shape[1]), -1, dtypes[1])
+    cuda._swap(source, target)
+    numpy.testing.assert_array_equal(target, source.swapaxes(1, 2))
 
 
 def test_copy_of_an_unaligned_image():
