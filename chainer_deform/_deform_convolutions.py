@@ -210,25 +210,28 @@ def _fresh(rule: chainer.UpdateRule) -> chainer.UpdateRule:
     """A rule of the same kind, of the same optimizer, that has not updated yet."""
     fresh = copy.copy(rule)
     fresh.hyperparam = copy.copy(rule.hyperparam)
-    fresh._hookable = copy.deepcopy(rule._hookable)
+    # Hooks are shared, as add_hook of an optimizer shares them, but not their lists.
+    hookable = fresh._hookable = copy.copy(rule._hookable)
+    hookable._pre_update_hooks = hookable._pre_update_hooks.copy()
+    hookable._post_update_hooks = hookable._post_update_hooks.copy()
     fresh._state = fresh._fp32_param = None
     fresh.t = 0
     return fresh
 
 
-def _with_layers(value, replaced: dict[int, DeformableConvolution2D]):
+def _with_layers(value, found: dict[int, object]):
     """``value`` with the layers in the place of the convolutions.
 
-    Lists and dicts stay the same objects.
+    Lists and dicts stay the same objects. ``found`` has what stands for an object, by
+    its id; what has been gone through is added, as a list may be in itself.
     """
-    if isinstance(value, chainer.Link):
-        return replaced.get(id(value), value)
-    if isinstance(value, list):
-        for i, item in enumerate(value):
-            value[i] = _with_layers(item, replaced)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            value[key] = _with_layers(item, replaced)
+    if id(value) in found:
+        return found[id(value)]
+    if isinstance(value, (list, dict)):
+        found[id(value)] = value
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            value[key] = _with_layers(item, found)
     elif type(value) is tuple:
-        return tuple(_with_layers(item, replaced) for item in value)
+        return tuple(_with_layers(item, found) for item in value)
     return value

@@ -28,6 +28,8 @@ class Block(chainer.Chain):
             self.norm = L.BatchNormalization(4)
         self.layers = [self.conv1, [self.conv2], (self.norm, F.relu)]
         self.by_name = {'second': self.conv2}
+        self.by_name['all'] = self.layers
+        self.layers.append(self.by_name)
 
     def forward(self, x):
         return self.norm(self.by_name['second'](self.layers[0](x)))
@@ -126,7 +128,9 @@ def test_an_optimizer_goes_on():
     model, x = Model(), images(2, 3, 24, 15)
     model(x)
     optimizer = chainer.optimizers.Adam(0.01).setup(model)
-    optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(1e-4))
+    decay = chainer.optimizer_hooks.WeightDecay(1e-4)
+    for parameter in model.params():
+        parameter.update_rule.add_hook(decay)
 
     def step():
         model.cleargrads()
@@ -144,6 +148,11 @@ def test_an_optimizer_goes_on():
     assert {type(rule) for rule in rules} == {type(old.update_rule)}
     assert {rule.t for rule in rules} == {0}
     optimizer_hooks.scale_updates(offset_conv, 0.1)
+    hooks = [list(rule._hookable._post_update_hooks) for rule in rules]
+    assert hooks[0] and hooks[0] == hooks[1]
+    assert not old.update_rule._hookable._post_update_hooks
+    for rule in rules:
+        assert rule._hookable._pre_update_hooks['WeightDecay'] is decay
     optimizer.alpha = 0.02
     for rule in rules:
         assert rule.hyperparam.alpha == 0.02
