@@ -149,7 +149,8 @@ def test_an_optimizer_goes_on():
     assert {rule.t for rule in rules} == {0}
     optimizer_hooks.scale_updates(offset_conv, 0.1)
     hooks = [list(rule._hookable._post_update_hooks) for rule in rules]
-    assert hooks[0] and hooks[0] == hooks[1]
+    assert hooks[0]
+    assert hooks[0] == hooks[1]
     assert not old.update_rule._hookable._post_update_hooks
     for rule in rules:
         assert rule._hookable._pre_update_hooks['WeightDecay'] is decay
