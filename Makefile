@@ -12,12 +12,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The environment is made anew when the interpreter or NumPy is another one.
 STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum))
+PYTHON_STAMP := installed-$(firstword $(shell echo '$(PYTHON)' | cksum))
+DEMO := $(VENV)/demo
 
 .PHONY: help demo bench docs test test-numpy test-mpi test-cuda-compile test-gpu \
-	gpu-report sanitize lint format clean
+	gpu-report sanitize lint format dist clean
 
 help:
-	@echo 'make demo    set up $(VENV), train a plain and a deformable model, draw its points'
+	@echo 'make demo    set up $(DEMO), train a plain and a deformable model, draw its points'
 	@echo 'make test    set up $(VENV), run the tests'
 	@echo 'make docs    also install Sphinx, build docs/_build/html'
 	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
@@ -27,20 +29,28 @@ help:
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
 	@echo 'make gpu-report    tests, times against torchvision, counters; ten minutes on a GPU'
 	@echo 'make sanitize    a short run of them under compute-sanitizer'
-	@echo 'make lint    check style and formatting'
+	@echo 'make lint    check style, formatting and types'
 	@echo 'make format  put the formatting right'
+	@echo 'make dist    build source package and wheel, install the wheel elsewhere, try it'
 	@echo 'make clean   remove $(VENV) and what the other targets made'
 	@echo
 	@echo 'PYTHON=python3.12 make test    another interpreter'
 	@echo "NUMPY='numpy==1.26.*' make test    another NumPy"
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -e '.[test,lint]' '$(NUMPY)'
 	@touch $@
 
-demo: $(STAMP)
-	$(VENV)/bin/python examples/digits/train.py --model plain deformable
+$(DEMO)/$(PYTHON_STAMP): pyproject.toml constraints.txt
+	@echo 'Once: installing what the demo needs into $(DEMO), some 500 MB:'
+	@echo 'Chainer, NumPy, SciPy, Numba, Matplotlib and scikit-learn.'
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --no-compile -e '.[demo]'
+	@touch $@
+
+demo: $(DEMO)/$(PYTHON_STAMP)
+	$(DEMO)/bin/python examples/digits/train.py --model plain deformable
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -n 2
@@ -48,9 +58,8 @@ test: $(STAMP)
 # NumPy 1.26 needs a Python up to 3.12. The results are compared by the newer NumPy.
 NUMPY1 := $(VENV)/numpy1
 NUMPY2 := $(VENV)/numpy2
-PYTHON_STAMP := installed-$(firstword $(shell echo '$(PYTHON)' | cksum))
 
-$(NUMPY1)/$(PYTHON_STAMP) $(NUMPY2)/$(PYTHON_STAMP): setup.py constraints.txt
+$(NUMPY1)/$(PYTHON_STAMP) $(NUMPY2)/$(PYTHON_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet -e . $(if $(filter $(NUMPY1)/%,$@),'numpy==1.26.*')
 	@touch $@
@@ -118,11 +127,28 @@ sanitize:
 lint: $(STAMP)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/python -m mypy
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+# What people get who install the wheel by the lines of docs/install.rst. Of the
+# variables above they know nothing.
+dist:
+	$(PYTHON) -m venv --clear $(VENV)/dist
+	$(VENV)/dist/bin/python -m pip install --quiet build twine
+	rm -rf dist *.egg-info
+	unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT && $(VENV)/dist/bin/python -m build
+	$(VENV)/dist/bin/python -m twine check --strict dist/*
+	unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT && \
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(PYTHON) -m venv "$$folder/env" && PATH="$$folder/env/bin:$$PATH" && \
+	cp dist/*.whl tests/installed.py "$$folder" && cd "$$folder" && \
+	pip install --quiet 'setuptools>=77,<81' && \
+	pip install --quiet --no-build-isolation *.whl && \
+	python -W error installed.py
+
 clean:
-	rm -rf $(VENV) result docs/_build docs/api .whl build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) result docs/_build docs/api .whl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

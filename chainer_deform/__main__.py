@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
@@ -11,9 +12,10 @@ import marshal
 import multiprocessing.spawn
 import os
 import pkgutil
-import runpy
 import sys
 import types
+from collections.abc import Callable
+from runpy import _run_module_as_main  # type: ignore[attr-defined]
 from typing import NoReturn
 
 import chainer
@@ -58,9 +60,10 @@ def main() -> None:
     if len(args) == 1 and args[0] in ('--enable', '--disable', '--status'):
         _change_environment(args[0])
         return
+    run: Callable[[], object]
     if args and args[0] == '-m' and len(args) > 1:
         # While Python looks for the module, sys.argv[0] is '-m'.
-        run = functools.partial(runpy._run_module_as_main, args.pop(1))
+        run = functools.partial(_run_module_as_main, args.pop(1))
     elif args and args[0] == '-':
         run = _run_standard_input
     elif args and not args[0].startswith('-'):
@@ -151,7 +154,7 @@ def _run_as_main(run, argv: list[str]) -> None:
     hosted = getattr(host.__spec__, 'name', None) != __name__
     before = sys.argv[:], sys.path[:]
     program = types.ModuleType('__main__')
-    program.__builtins__ = builtins
+    vars(program)['__builtins__'] = builtins
     program.__annotations__ = {}
     sys.modules['__main__'] = program  # where pickle looks for the program's names
     sys.argv[:] = argv
@@ -174,7 +177,7 @@ def _run_file(name: str) -> None:
         path = os.getcwd()
     if pkgutil.get_importer(path) is not None:
         _set_first_path(path)
-        runpy._run_module_as_main('__main__', alter_argv=False)
+        _run_module_as_main('__main__', alter_argv=False)
         return
     try:
         with io.open_code(path) as f:
@@ -186,6 +189,7 @@ def _run_file(name: str) -> None:
         )
     if not _is_isolated():
         _set_first_path(os.path.dirname(os.path.realpath(path)))
+    loader: importlib.abc.Loader
     magic = importlib.util.MAGIC_NUMBER
     if path.endswith('.pyc') or content[:2] == magic[:2]:
         if content[:4] != magic:

@@ -19,7 +19,8 @@ MOST = 2**31 - 1
 def pair(name: str, value, minimum: int) -> tuple[int, int]:
     """An int or a pair of ints as a pair of ints; ``name`` is for the error."""
     if hasattr(value, '__len__') and len(value) == 2:
-        return tuple(integer(name, v, minimum) for v in value)
+        first, second = (integer(name, v, minimum) for v in value)
+        return first, second
     return (integer(name, value, minimum, 'an int or a pair of ints'),) * 2
 
 

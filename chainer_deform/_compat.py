@@ -342,7 +342,7 @@ def _basic_math(module, execute):
     module.install_variable_arithmetics()
 
 
-def _take_scalars_exactly(module: types.ModuleType) -> None:
+def _take_scalars_exactly(module) -> None:
     """The part of :func:`_basic_math` that NumPy 1 does not need."""
     module._preprocess_const = lambda x, value: x.dtype.type(_fit(value, x.dtype))
     div = module.div

@@ -8,10 +8,17 @@ import fnmatch
 import chainer
 import chainer.links as L
 
-from chainer_deform.links import DeformableConvolution2D
+from chainer_deform.links import (
+    DCNv3,
+    DCNv4,
+    DeformableConvolution2D,
+    DeformablePSRoIPooling2D,
+)
 
 #: What can be replaced.
 _CONVOLUTIONS = L.Convolution2D, L.DilatedConvolution2D
+#: What is left as it is, with all that is inside of it.
+_DEFORMABLE = DeformableConvolution2D, DCNv3, DCNv4, DeformablePSRoIPooling2D
 #: Options that the convolution decides.
 _DECIDED = frozenset(
     {
@@ -89,7 +96,7 @@ def deform_convolutions(
     found = _chosen(model, which)
     layers = {path: _deformable(path, link, options) for path, link in found.items()}
     # From here on nothing can fail.
-    replaced = {id(link): layers[path] for path, link in found.items()}
+    replaced: dict[int, object] = {id(c): layers[path] for path, c in found.items()}
     for path, link in found.items():
         _take_over(link, layers[path])
     for link in list(model.links()):
@@ -101,12 +108,17 @@ def deform_convolutions(
 
 def _chosen(model: chainer.Link, which) -> dict[str, chainer.Link]:
     """The convolutions to replace, by path."""
-    links = {path.lstrip('/'): link for path, link in model.namedlinks(skipself=True)}
-    # Leave out deformable layers, and the convolutions inside of them.
-    for path, link in list(links.items()):
-        if isinstance(link, DeformableConvolution2D):
-            for name in '', '/offset_conv', '/deform_conv':
-                links.pop(path + name, None)
+    links = {path.lstrip('/'): link for path, link in model.namedlinks()}
+    deformable = [
+        f'{path}/' if path else ''
+        for path, link in links.items()
+        if isinstance(link, _DEFORMABLE)
+    ]
+    links = {
+        path: link
+        for path, link in links.items()
+        if path and not f'{path}/'.startswith(tuple(deformable))
+    }
     if callable(which) and not isinstance(which, chainer.Link):
         found = {path: link for path, link in links.items() if which(path, link)}
         if not found:
@@ -199,7 +211,7 @@ def _take_over(conv, layer: DeformableConvolution2D) -> None:
     """Gives a layer the place, the parameters and the update rule of a convolution."""
     layer.name = conv.name
     for name in 'W', 'b':
-        vars(layer.deform_conv)[name] = getattr(conv, name)
+        layer.deform_conv.__dict__[name] = getattr(conv, name)
     rule = conv.W.update_rule
     if rule is not None:
         for parameter in layer.offset_conv.params():

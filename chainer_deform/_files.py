@@ -14,7 +14,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows, where nobody can remove a file that is open
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _KINDS = {
     stat.S_IFIFO: 'a fifo',
@@ -48,7 +48,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     """
     path = os.fsdecode(path)
-    part = file = None
+    part, file = '', None
     try:
         mode = _mode(path)
         folder, name = os.path.split(os.path.realpath(path))
@@ -69,7 +69,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if file is not None:
             with contextlib.suppress(OSError):  # that of a full disk, again
                 file.close()
-        if part is not None:
+        if part:
             with contextlib.suppress(OSError):
                 os.unlink(part)
         if isinstance(e, OSError) and e.errno and e.filename in (None, part):

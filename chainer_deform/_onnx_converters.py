@@ -20,7 +20,10 @@ import chainer.functions as F
 import numpy
 from chainer.utils import conv
 
+from chainer_deform import functions
+from chainer_deform._composed import Call, replaced
 from chainer_deform.convert import interleaved_order
+from chainer_deform.functions.deformable_ps_roi_average_pooling_2d import cells_of_bins
 
 _INT64 = numpy.iinfo(numpy.int64)
 
@@ -60,7 +63,7 @@ class _Builder:
         return self._builder.op(op_type, inputs, **attributes)
 
     def new(self, op_type: str, *inputs: str, **attributes) -> str:
-        """Adds a node of the opset that the export asks for, 19 or later."""
+        """Adds a node of the opset that the export asks for, 16 or later."""
         return self.op(op_type, *inputs, domain=DOMAIN, **attributes)
 
     def parts(self, op_type: str, x: str, count: int, **attributes) -> list[str]:
@@ -102,6 +105,28 @@ class _Builder:
     def reshape(self, x: str, *sizes: int) -> str:
         """Reshapes ``x``; size 0 keeps an axis, and -1 takes the rest."""
         return self.op('Reshape', x, self.ints(*sizes))
+
+    def reshape_to(self, x: str, *sizes: int | str) -> str:
+        """Reshapes ``x`` to sizes of which some are known when the file is run.
+
+        Each is an int, -1 for the rest, or the name of an array of one or more.
+        """
+        names = [s if isinstance(s, str) else self.ints(s) for s in sizes]
+        return self.op('Reshape', x, self.op('Concat', *names, axis=0))
+
+    def sizes(self, x: str, start: int, stop: int) -> str:
+        """The sizes of some axes of ``x``, when the file is run."""
+        return self.slice(self.op('Shape', x), 0, start, stop)
+
+    def range(self, count: str, dtype) -> str:
+        """The numbers from 0 on, as many as an array of one number says."""
+        start, step = (self.constant(i, numpy.int64) for i in (0, 1))
+        numbers = self.op('Range', start, self.op('Squeeze', count, axes=[0]), step)
+        return numbers if dtype == numpy.int64 else self.cast(numbers, dtype)
+
+    def coordinate(self, points: str, i: int, axis: int) -> str:
+        """One of the two numbers of points, which are along ``axis``."""
+        return self.op('Gather', points, self.constant(i, numpy.int64), axis=axis)
 
     def slice(self, x: str, axis: int, start: int, stop: int, step: int = 1) -> str:
         return self.op('Slice', x, *map(self.ints, (start, stop, axis, step)))
@@ -151,6 +176,346 @@ def _deformable_convolution_2d_sampler(b, func):
         offset_group=geometry.offset_groups,
     )
     b.cast_output(y, dtype)
+
+
+def _sampled_sum_2d(b, func):
+    n, c, _, _ = b.shape(0)
+    q, groups, K, _ = b.shape(1)
+    dtype = b.common_dtype(numpy.float32)
+    x, locations, weights = b.cast_inputs(dtype)
+    indices = chainer.get_device('@numpy').send(func.indices)
+    if not numpy.array_equal(indices, numpy.arange(n).repeat(q // max(1, n))):
+        # Each position reads an image of its own.
+        x = b.op('Gather', x, b.constant(indices, numpy.int64), axis=0)
+    n = b.sizes(x, 0, 1)
+    x = b.reshape_to(x, -1, c // groups, b.sizes(x, 2, 4))
+    # (n * q / n, groups, K, yx) -> (n * groups, q / n, K, yx)
+    locations = b.reshape_to(locations, n, -1, groups, K, 2)
+    locations = b.op('Transpose', locations, perm=[0, 2, 1, 3, 4])
+    locations = b.reshape_to(locations, -1, b.sizes(locations, 2, 5))
+    # (n * q / n, groups, K) -> (n * groups, 1, q / n, K)
+    weights = b.reshape_to(weights, n, -1, groups, K)
+    weights = b.op('Transpose', weights, perm=[0, 2, 1, 3])
+    weights = b.reshape_to(weights, -1, 1, b.sizes(weights, 2, 4))
+    if func.border == 'zero':
+        rows, columns = (b.coordinate(locations, i, axis=3) for i in (0, 1))
+        samples = _samples(b, x, rows, columns, dtype)
+    else:
+        samples = _clamped_samples(b, x, locations, dtype)
+    y = b.op('ReduceSum', b.op('Mul', samples, weights), axes=[3], keepdims=0)
+    # (n * groups, c / groups, q / n) -> (q, c)
+    y = b.op('Transpose', b.reshape_to(y, n, c, -1), perm=[0, 2, 1])
+    b.cast_output(b.reshape(y, -1, c), dtype)
+
+
+def _samples(b, x: str, rows: str, columns: str, dtype) -> str:
+    """Samples of ``x (n, c, h, w)`` at ``(n, q, K)`` pixels: ``(n, c, q, K)``."""
+    two, one = b.constant(2, dtype), b.constant(1, dtype)
+    grid = []
+    for places, axis in (columns, 3), (rows, 2):
+        size = b.cast(b.sizes(x, axis, axis + 1), dtype)
+        places = b.op('Add', b.op('Mul', places, two), one)
+        places = b.op('Sub', b.op('Div', places, size), one)
+        grid.append(b.op('Unsqueeze', places, axes=[3]))
+    return _grid_sample(b, x, b.op('Concat', *grid, axis=3), dtype)
+
+
+def _grid_sample(b, x: str, grid: str, dtype) -> str:
+    """Samples of ``x (n, c, h, w)`` at ``grid (n, q, K, xy)``: ``(n, c, q, K)``.
+
+    The image's edges are at -1 and 1.
+    """
+    # onnxruntime reads inside at points that are not finite, or large. NaN is not
+    # above the limit.
+    low, high = b.constant(-5, dtype), b.constant(5, dtype)
+    grid = b.op('Where', b.op('Greater', grid, low), grid, low)
+    grid = b.op('Where', b.op('Less', grid, high), grid, high)
+    return b.new(
+        'GridSample', x, grid, mode='linear', padding_mode='zeros', align_corners=0
+    )
+
+
+def _clamped_samples(b, x: str, locations: str, dtype) -> str:
+    """Samples of ``x (n, c, h, w)`` at ``(n, q, K, yx)`` pixels: ``(n, c, q, K)``."""
+    sizes = b.sizes(locations, 0, 3)
+    images = b.range(b.sizes(locations, 0, 1), numpy.int64)
+    images = b.op('Expand', b.op('Unsqueeze', images, axes=[1, 2]), sizes)
+    points = b.reshape(locations, -1, 2)
+    samples = _roi_align(b, x, points, None, b.reshape(images, -1), dtype)
+    samples = b.reshape_to(samples, sizes, b.sizes(x, 1, 2))
+    return b.op('Transpose', samples, perm=[0, 3, 1, 2])
+
+
+def _roi_align(b, x: str, low: str, size: str | None, images: str, dtype, count=1):
+    """The mean of each of some boxes of ``x (n, c, h, w)``: ``(boxes, c)``.
+
+    Args:
+        low: The boxes' first corners, ``(boxes, yx)`` in pixels.
+        size: Their heights and widths, or None for points.
+        images: The image of each box, in int64.
+        count: Samples along each side of a box.
+
+    """
+    # onnxruntime reads anywhere in memory at points that are not finite.
+    low = _where_finite(b, low, -(2**20), dtype)
+    low = b.op('Add', low, b.constant(0.5, dtype))  # half_pixel takes it off
+    high = low if size is None else b.op('Add', low, size)
+    boxes = b.op('Concat', low, high, axis=1)
+    y = b.new(
+        'RoiAlign', x, b.op('Gather', boxes, b.ints(1, 0, 3, 2), axis=1), images,
+        output_height=1, output_width=1, sampling_ratio=count,
+        coordinate_transformation_mode='half_pixel',
+    )  # fmt: skip
+    return b.op('Squeeze', y, axes=[2, 3])
+
+
+def _where_finite(b, x: str, otherwise: float, dtype) -> str:
+    """``x`` where it is a place of an image, or not far from one."""
+    near = b.op('Less', b.op('Abs', x), b.constant(2**20, dtype))  # false for NaN
+    return b.op('Where', near, x, b.constant(otherwise, dtype))
+
+
+def _composed_inputs(b) -> tuple:
+    """The inputs of a composed function by name, and the dtype that they are in.
+
+    Indices are in int64.
+    """
+    names = b.func.names
+    indices = [name == 'roi_indices' for name in names]
+    dtypes = [b.dtype(i) for i, is_index in enumerate(indices) if not is_index]
+    dtype = numpy.result_type(numpy.float32, *dtypes)
+    inputs = {}
+    for i, (name, x) in enumerate(zip(names, b.inputs)):
+        wanted = numpy.int64 if indices[i] else dtype
+        inputs[name] = x if b.dtype(i) == wanted else b.cast(x, wanted)
+    return inputs, dtype
+
+
+def _dcn_v3_2d(b, func):
+    g, scale = func.options['geometry'], func.options['offset_scale']
+    inputs, dtype = _composed_inputs(b)
+    x, offset, mask = inputs.values()
+    c, taps = b.shape(0)[1], numpy.arange(g.taps)
+    if func.options['remove_center']:
+        taps = numpy.delete(taps, g.taps // 2)
+    n, out_size = b.sizes(x, 0, 1), b.sizes(offset, 2, 4)
+    # (n * groups, xy, taps, out_h, out_w)
+    offset = b.reshape_to(offset, -1, 2, len(taps), out_size)
+
+    def places(axis, tap, k, stride, pad, dilate):
+        """Rows or columns, (n * groups, taps, out_h * out_w)."""
+        centre = dilate * (k - 1) // 2
+        tap = scale * (tap * dilate - centre) + (centre - pad)
+        output = b.range(b.slice(out_size, 0, axis, axis + 1), dtype)
+        output = b.op('Mul', output, b.constant(stride, dtype))
+        if axis == 0:
+            output = b.op('Unsqueeze', output, axes=[1])
+        grid = b.op('Add', b.constant(tap[:, None, None], dtype), output)
+        moved = b.coordinate(offset, 1 - axis, axis=1)
+        moved = b.op('Mul', moved, b.constant(scale, dtype))
+        return b.reshape(b.op('Add', moved, grid), 0, 0, -1)
+
+    rows = places(0, taps // g.kw, g.kh, g.sy, g.ph, g.dy)
+    columns = places(1, taps % g.kw, g.kw, g.sx, g.pw, g.dx)
+    x = b.reshape_to(x, -1, c // g.offset_groups, b.sizes(x, 2, 4))
+    samples = _samples(b, x, rows, columns, dtype)
+    mask = b.reshape_to(mask, -1, 1, len(taps), b.sizes(rows, 2, 3))
+    y = b.op('ReduceSum', b.op('Mul', samples, mask), axes=[2], keepdims=0)
+    b.cast_output(b.reshape_to(y, n, c, out_size), dtype)
+
+
+def _multi_scale_deformable_attention(b, func):
+    inputs, dtype = _composed_inputs(b)
+    value, locations, weights = inputs.values()
+    _, _, heads, d = b.shape(0)
+    *_, levels, points, _ = b.shape(1)
+    n, q = b.sizes(locations, 0, 1), b.sizes(locations, 1, 2)
+    grid = b.op('Mul', locations, b.constant(2, dtype))
+    grid = b.op('Sub', grid, b.constant(1, dtype))
+    grid = b.op('Transpose', grid, perm=[0, 2, 3, 1, 4, 5])
+    samples, start = [], 0
+    for level, (h, w) in enumerate(func.options['sizes']):
+        image = b.slice(value, 1, start, start + h * w)
+        start += h * w
+        # (n, h * w, heads, d) -> (n * heads, d, h, w)
+        image = b.reshape(b.op('Transpose', image, perm=[0, 2, 3, 1]), -1, d, h, w)
+        places = b.coordinate(grid, level, axis=2)
+        places = b.reshape_to(places, -1, q, points, 2)
+        samples.append(_grid_sample(b, image, places, dtype))
+    weights = b.op('Transpose', weights, perm=[0, 2, 1, 3, 4])
+    weights = b.reshape_to(weights, -1, 1, q, levels * points)
+    y = b.op('Mul', b.op('Concat', *samples, axis=3), weights)
+    y = b.op('ReduceSum', y, axes=[3], keepdims=0)
+    # (n * heads, d, q) -> (n, q, heads * d)
+    y = b.op('Transpose', b.reshape_to(y, n, heads * d, q), perm=[0, 2, 1])
+    b.cast_output(y, dtype)
+
+
+def _deformable_roi_average_align_2d(b, func):
+    options = func.options
+    inputs, dtype = _composed_inputs(b)
+    c, (out_h, out_w) = b.shape(0)[1], func.shapes['offset'][2:]
+    rois = b.op('Mul', inputs['rois'], b.constant(options['spatial_scale'], dtype))
+    low, high = b.slice(rois, 1, 0, 2), b.slice(rois, 1, 2, 4)
+    size = _where_finite(b, b.op('Sub', high, low), 0, dtype)
+    if options['aligned']:
+        low = b.op('Sub', low, b.constant(0.5, dtype))
+    else:
+        size = b.op('Max', size, b.constant(1, dtype))
+    bins = b.op('Div', size, b.constant([out_h, out_w], dtype))
+    low, size, bins = (b.op('Unsqueeze', a, axes=[1, 2]) for a in (low, size, bins))
+    # The first corner of each bin, (R, out_h, out_w, yx)
+    cells = numpy.stack(numpy.indices((out_h, out_w)), -1)
+    low = b.op('Add', low, b.op('Mul', b.constant(cells, dtype), bins))
+    if 'offset' in inputs:
+        offset = b.op('Transpose', inputs['offset'], perm=[0, 2, 3, 1])
+        offset = b.op('Gather', offset, b.ints(1, 0), axis=3)
+        scale = b.op('Mul', size, b.constant(options['gamma'], dtype))
+        low = b.op('Add', low, b.op('Mul', offset, scale))
+
+    n_h, n_w = options['ratio']
+    images = b.op('Unsqueeze', inputs['roi_indices'], axes=[1])
+    if n_h == n_w is not None:
+        # Each bin is a box.
+        bins = b.op('Expand', bins, b.ints(1, out_h, out_w, 1))
+        images = b.op('Expand', images, b.ints(1, out_h * out_w))
+        low, bins = b.reshape(low, -1, 2), b.reshape(bins, -1, 2)
+        y = _roi_align(b, inputs['x'], low, bins, b.reshape(images, -1), dtype, n_h)
+        y = b.reshape(y, -1, out_h * out_w, c)
+    else:
+        y = _means(b, inputs['x'], low, bins, images, (n_h, n_w), dtype)
+    # (R, out_h * out_w, c) -> (R, c, out_h, out_w)
+    y = b.reshape(b.op('Transpose', y, perm=[0, 2, 1]), -1, c, out_h, out_w)
+    b.cast_output(y, dtype)
+
+
+def _means(b, x: str, low, bins, images: str, ratio, dtype) -> str:
+    """The mean of each bin of some boxes, from points: ``(R, out_h * out_w, c)``.
+
+    Args:
+        low: The first corner of each bin, ``(R, out_h, out_w, yx)`` in pixels.
+        bins: The height and width of each box's bins, ``(R, 1, 1, yx)``.
+        images: The image of each box, ``(R, 1)`` in int64.
+        ratio: Samples along each side of a bin, or None for as many as it has pixels.
+
+    """
+    (out_h, out_w), c = b.func.shapes['offset'][2:], b.shape(0)[1]
+    one, half = b.constant(1, dtype), b.constant(0.5, dtype)
+    corners, sides = (
+        [b.coordinate(array, i, axis=3) for i in (0, 1)] for array in (low, bins)
+    )
+    # (R, 1), as floats
+    counts = [
+        b.reshape(b.op('Ceil', side), -1, 1)
+        if count is None
+        else b.constant([[count]], dtype)
+        for count, side in zip(ratio, sides)
+    ]
+    n_h, n_w = (b.op('Max', count, one) for count in counts)
+    # As many as the bin with most samples has, and one where there is no box.
+    most = b.reshape(b.op('Mul', n_h, n_w), -1)
+    most = b.op('Concat', most, b.constant([1], dtype), axis=0)
+    most = b.cast(b.op('ReduceMax', most, axes=[0]), numpy.int64)
+    # Sample (a, b) of each, (R, K)
+    numbers = b.range(most, dtype)
+    rows = b.op('Floor', b.op('Div', numbers, n_w))
+    columns = b.op('Sub', numbers, b.op('Mul', rows, n_w))
+    inside = [b.op('Less', *pair) for pair in zip((rows, columns), counts)]
+    inside = b.cast(b.op('And', *inside), dtype)
+    total = b.op('ReduceSum', inside, axes=[1])
+    weights = b.op('Div', inside, b.op('Max', total, one))
+
+    places = []
+    for number, count, corner, side in zip((rows, columns), (n_h, n_w), corners, sides):
+        share = b.op('Div', b.op('Add', number, half), count)
+        share = b.op('Unsqueeze', share, axes=[1, 2])
+        side, corner = (b.op('Unsqueeze', a, axes=[3]) for a in (side, corner))
+        place = b.op('Add', corner, b.op('Mul', share, side))
+        places.append(b.op('Unsqueeze', place, axes=[4]))
+    points = b.reshape(b.op('Concat', *places, axis=4), -1, 2)
+    many = b.op('Mul', most, b.ints(out_h * out_w))
+    images = b.op('Expand', images, b.op('Concat', b.ints(1), many, axis=0))
+    y = _roi_align(b, x, points, None, b.reshape(images, -1), dtype)
+    y = b.reshape_to(y, -1, out_h * out_w, most, c)
+    y = b.op('Mul', y, b.op('Unsqueeze', weights, axes=[1, 3]))
+    return b.op('ReduceSum', y, axes=[2], keepdims=0)
+
+
+def _deformable_ps_roi_average_pooling_2d(b, func):
+    options = func.options
+    inputs, dtype = _composed_inputs(b)
+    x, images = inputs['x'], inputs['roi_indices']
+    g, (out_h, out_w), (s_h, s_w) = options['g'], options['out_size'], options['ratio']
+    K, classes, out_c = s_h * s_w, 1, b.shape(0)[1] // g**2
+    rois, half = inputs['rois'], b.constant(0.5, dtype)
+    # Rounded, halves away from zero.
+    sign, length = b.op('Sign', rois), b.op('Abs', rois)
+    whole = b.op('Floor', length)
+    below = b.cast(b.op('Less', b.op('Sub', length, whole), half), dtype)
+    up = b.op('Sub', b.constant(1, dtype), below)
+    rois = b.op('Mul', sign, b.op('Add', whole, up))
+    # From the first pixel to the end of the last one.
+    rois = b.op('Add', rois, b.constant([0, 0, 1, 1], dtype))
+    rois = b.op('Mul', rois, b.constant(options['spatial_scale'], dtype))
+    rois = b.op('Sub', rois, half)
+    low, high = b.slice(rois, 1, 0, 2), b.slice(rois, 1, 2, 4)
+    size = _where_finite(b, b.op('Sub', high, low), 0, dtype)
+    size = b.op('Max', size, b.constant(0.1, dtype))
+    moves = None
+    if 'offset' in inputs:
+        _, channels, *parts = func.shapes['offset']
+        offset, classes = inputs['offset'], channels // 2
+        for axis, (out, part) in enumerate(zip((out_h, out_w), parts)):
+            index = b.ints(*(numpy.arange(out) * part // out))
+            offset = b.op('Gather', offset, index, axis=2 + axis)
+        moves = b.reshape(offset, 0, classes, 2, out_h, out_w)
+
+    # (R, classes, out_h, out_w, s_h, s_w) or with ones
+    places, weights = [], []
+    for axis, (out, count) in enumerate(zip((out_h, out_w), (s_h, s_w))):
+        start, length = (
+            b.op('Unsqueeze', b.coordinate(a, axis, axis=1), axes=[1, 2, 3, 4, 5])
+            for a in (low, size)
+        )
+        share = numpy.arange(out)[:, None] + numpy.arange(count) / count
+        shape = (out, 1, count, 1) if axis == 0 else (1, out, 1, count)
+        share = b.constant((share / out).reshape(shape), dtype)
+        place = b.op('Add', start, b.op('Mul', share, length))
+        if moves is not None:
+            moved = b.op('Unsqueeze', b.coordinate(moves, 1 - axis, 2), axes=[4, 5])
+            length = b.op('Mul', length, b.constant(options['gamma'], dtype))
+            place = b.op('Add', place, b.op('Mul', moved, length))
+        last = b.cast(b.sizes(x, 2 + axis, 3 + axis), dtype)
+        last = b.op('Sub', last, half)
+        beyond = [
+            b.op('Less', place, b.constant(-0.5, dtype)),
+            b.op('Greater', place, last),
+        ]
+        inside = b.cast(b.op('Not', b.op('Or', *beyond)), dtype)
+        total = b.op('ReduceSum', inside, axes=[4 + axis])
+        weights.append(b.op('Div', inside, b.op('Max', total, b.constant(1, dtype))))
+        place = b.op('Expand', place, b.ints(1, 1, out_h, out_w, s_h, s_w))
+        places.append(b.op('Unsqueeze', place, axes=[6]))
+    points = b.reshape(b.op('Concat', *places, axis=6), -1, 2)
+    weights = b.reshape(b.op('Mul', *weights), -1, classes, out_h * out_w, K, 1)
+
+    # Each cell's channels as an image: (n * cells * classes, out_c / classes, h, w)
+    d, x_size = out_c // classes, b.sizes(x, 2, 4)
+    x = b.reshape_to(x, -1, classes, d, g * g, x_size)
+    x = b.op('Transpose', x, perm=[0, 3, 1, 2, 4, 5])
+    x = b.reshape_to(x, -1, d, x_size)
+    cells = cells_of_bins(g, out_h, out_w) * classes
+    cells = cells + numpy.arange(classes)[:, None, None]
+    images = b.op('Mul', images, b.ints(g * g * classes))
+    images = b.op('Unsqueeze', images, axes=[1, 2, 3, 4])
+    images = b.op('Add', images, b.constant(cells[..., None], numpy.int64))
+    images = b.op('Expand', images, b.ints(1, 1, 1, 1, K))
+    y = _roi_align(b, x, points, None, b.reshape(images, -1), dtype)
+    y = b.op('Mul', b.reshape(y, -1, classes, out_h * out_w, K, d), weights)
+    y = b.op('ReduceSum', y, axes=[3], keepdims=0)
+    # (R, classes, out_h * out_w, d) -> (R, out_c, out_h, out_w)
+    y = b.op('Transpose', y, perm=[0, 1, 3, 2])
+    b.cast_output(b.reshape(y, -1, out_c, out_h, out_w), dtype)
 
 
 # Activation functions.
@@ -233,7 +598,7 @@ def _get_item(b, func):
 
 def _indices(slices: tuple, ndim: int) -> list:
     """One index for each axis: a slice, an integer or an array; None is a new axis."""
-    indices = []
+    indices: list = []
     for index in slices:
         if isinstance(index, list):
             index = numpy.array(index)
@@ -246,8 +611,8 @@ def _indices(slices: tuple, ndim: int) -> list:
         else:
             indices.append(index)
     rest = ndim - sum(index is not None and index is not Ellipsis for index in indices)
-    at = [i for i, index in enumerate(indices) if index is Ellipsis]
-    at = at[0] if at else len(indices)
+    dots = [i for i, index in enumerate(indices) if index is Ellipsis]
+    at = dots[0] if dots else len(indices)
     indices[at : at + 1] = rest * [slice(None)]
     return indices
 
@@ -334,15 +699,23 @@ def _reshape(b, func):
     copied = 0
     while new[copied : copied + 1] == list(old[copied : copied + 1]) != []:
         copied += 1
+    # Axes at the end that stay as they are may have other sizes, too.
+    kept, most = 0, min(len(old) - copied, len(new) - max(copied, 1))
+    while kept < most and new[-1 - kept] == old[-1 - kept]:
+        kept += 1
     if copied:
         new[:copied] = copied * [0]
         if len(new) - copied == 1:
-            new[-1] = -1
+            new[-1], kept = -1, 0
     elif new:  # the first axis finds its size by itself
         if -1 in new:
             new[new.index(-1)] = math.prod(old) // -math.prod(new)
         new[0] = -1
-    b.reshape(*b.inputs, *new)
+    (x,) = b.inputs
+    if kept:
+        b.reshape_to(x, *new[:-kept], b.sizes(x, len(old) - kept, len(old)))
+    else:
+        b.reshape(x, *new)
 
 
 def _resize_images(b, func):
@@ -703,6 +1076,11 @@ def _unpooling(b, func):
 #: What makes the nodes of a call, by the name of the function's class.
 _MAKERS = {
     'DeformableConvolution2DSampler': _deformable_convolution_2d_sampler,
+    'SampledSum2D': _sampled_sum_2d,
+    'dcn_v3_2d': _dcn_v3_2d,
+    'deformable_ps_roi_average_pooling_2d': _deformable_ps_roi_average_pooling_2d,
+    'deformable_roi_average_align_2d': _deformable_roi_average_align_2d,
+    'multi_scale_deformable_attention': _multi_scale_deformable_attention,
     # Activation functions.
     'ClippedReLU': _clip,
     'CReLU': _crelu,
@@ -740,6 +1118,7 @@ _MAKERS = {
     'Broadcast': _broadcast,
     'BroadcastTo': _broadcast_to,
     'Clip': _clip,
+    'Erf': _one_node('Erf'),
     'Identity': lambda b, func: b.inputs,
     'LogSumExp': _reduction('ReduceLogSumExp'),
     'MatMul': _matmul,
@@ -809,9 +1188,60 @@ def drop_expands(graph, shapes: dict[str, tuple]) -> None:
             graph.node.remove(shape)
 
 
+class Composed(chainer.FunctionNode):
+    """A call of a function that is made of Chainer's own, as one node.
+
+    Attributes:
+        names: The names of the node's inputs, in their order.
+        shapes: The shapes of the arguments that are arrays, by name.
+        options: The other arguments, by name.
+
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.custom_function_node_name = call.name
+        arrays = {name: a for name, a in call.arrays.items() if a is not None}
+        self.shapes = {name: array.shape for name, array in arrays.items()}
+        # A layer without offsets gives zeros, as many as there are boxes.
+        self.names = [
+            name
+            for name, array in arrays.items()
+            if not (name == 'offset' and _is_zeros(array))
+        ]
+        self.options = call.options
+        self._call = call
+
+    def __call__(self) -> chainer.Variable:
+        (y,) = self.apply([self._call.arrays[name] for name in self.names])
+        return y
+
+    def forward(self, inputs):
+        arrays = {**self._call.arrays, **dict(zip(self.names, inputs))}
+        return (self._call.compute(*arrays.values(), **self.options).array,)
+
+    def backward(self, indexes, gy):
+        raise ValueError(
+            'the model cannot be exported: there is no ONNX form of '
+            f'{public_name(self._call.name + "Grad")}, for which there is no operator'
+        )
+
+
+def _is_zeros(array) -> bool:
+    return not isinstance(array, chainer.Variable) and not array.any()
+
+
 @contextlib.contextmanager
-def rounding_as_nodes() -> Iterator[None]:
-    """Has functions leave a trace that have no gradient, and so no function node."""
+def functions_as_nodes() -> Iterator[None]:
+    """Has functions leave a trace as they are, also where they are no nodes.
+
+    These are composed functions, and those that have no gradient.
+    """
+    with replaced(lambda call: Composed(call)()), _rounding_as_nodes():
+        yield
+
+
+@contextlib.contextmanager
+def _rounding_as_nodes() -> Iterator[None]:
     from onnx_chainer.replace_func import fake_as_funcnode
 
     places = []
@@ -846,7 +1276,10 @@ def public_name(name: str) -> str:
         normalizel2='normalize',
         rsqrtgpu='rsqrt',
     )
-    return f'F.{names[short]}' if short in names else f'the function {name}'
+    if short in names:
+        return f'F.{names[short]}'
+    ours = {known.replace('_', ''): known for known in functions.__all__}
+    return f'functions.{ours[short]}' if short in ours else f'the function {name}'
 
 
 _OPERATORS = {

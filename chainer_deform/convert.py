@@ -1,10 +1,9 @@
-"""Offsets and parameters from and to torchvision, mmcv and ONNX."""
+"""Offsets and parameters from and to torchvision, mmcv, ONNX and other programs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from fractions import Fraction
 
 import chainer
 import chainer.functions as F
@@ -14,18 +13,42 @@ from chainer.utils import type_check
 
 from chainer_deform._checks import float_array, integer
 from chainer_deform._deform_convolutions import deform_convolutions
+from chainer_deform._state_dicts import (
+    Part,
+    check_mapping,
+    check_strs,
+    listed,
+    load,
+    save,
+)
 from chainer_deform.geometry import Geometry
-from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
+from chainer_deform.links import (
+    DCNv3,
+    DCNv4,
+    DeformableConvolution2D,
+    DeformableConvolution2DSampler,
+    DeformableRoIPooling2D,
+    MultiScaleDeformableAttention,
+)
 
 __all__ = [
     'deform_convolutions',
+    'from_dcnv4',
+    'from_deformable_detr',
+    'from_internimage',
     'from_mmcv',
     'from_torchvision',
     'offset_from_interleaved',
     'offset_to_interleaved',
+    'to_dcnv4',
+    'to_deformable_detr',
+    'to_internimage',
     'to_mmcv',
     'to_torchvision',
 ]
+
+
+_CONVOLUTIONS = DeformableConvolution2D, DeformableConvolution2DSampler
 
 
 def offset_to_interleaved(offset, offset_groups: int = 1, axis: int = 1):
@@ -184,8 +207,8 @@ def from_torchvision(
 
     """
     parts = _torchvision_parts(link, prefix, offset_conv, mask_conv, deform_conv)
-    _check_mapping(state_dict)
-    _load(parts, state_dict, prefix)
+    check_mapping(state_dict)
+    _load(link, parts, state_dict, prefix)
 
 
 def to_torchvision(
@@ -240,25 +263,25 @@ def to_torchvision(
 
     """
     parts = _torchvision_parts(link, prefix, offset_conv, mask_conv, deform_conv)
-    return _save(parts)
+    return save(parts)
 
 
-def from_mmcv(
-    link: DeformableConvolution2D | DeformableConvolution2DSampler,
-    state_dict: Mapping,
-    *,
-    prefix: str = '',
-) -> None:
+def from_mmcv(link: chainer.Link, state_dict: Mapping, *, prefix: str = '') -> None:
     """Copies the parameters of an mmcv layer, or one like it, into a link.
 
-    ============================= ======================================================
-    mmcv                          Link
-    ============================= ======================================================
-    ``DeformConv2dPack``          ``DeformableConvolution2D(..., deform_nobias=True)``
-    ``ModulatedDeformConv2dPack`` ``DeformableConvolution2D(..., modulated=True)``
-    ``DeformConv2d``              ``DeformableConvolution2DSampler(..., nobias=True)``
-    ``ModulatedDeformConv2d``     ``DeformableConvolution2DSampler(...)``
-    ============================= ======================================================
+    ================================= ==================================================
+    mmcv                              Link
+    ================================= ==================================================
+    ``DeformConv2dPack``              ``DeformableConvolution2D(...,
+                                      deform_nobias=True)``
+    ``ModulatedDeformConv2dPack``     ``DeformableConvolution2D(..., modulated=True)``
+    ``DeformConv2d``                  ``DeformableConvolution2DSampler(...,
+                                      nobias=True)``
+    ``ModulatedDeformConv2d``         ``DeformableConvolution2DSampler(...)``
+    ``DeformRoIPoolPack``             ``DeformableRoIPooling2D(...)``
+    ``ModulatedDeformRoIPoolPack``    ``DeformableRoIPooling2D(..., modulated=True)``
+    ``MultiScaleDeformableAttention`` ``MultiScaleDeformableAttention(...)``
+    ================================= ==================================================
 
     The layers of detectron2 and the ``DCN`` of CenterNet compute the same and are read,
     too. detectron2 has the offset convolution beside the layer, as
@@ -271,10 +294,12 @@ def from_mmcv(
     mmcv calls ``deform_groups``. The largest value of mmcv's mask is 1. If ``link`` has
     another ``mask_scale``, the filter is divided by it, so that both compute the same.
 
+    mmcv's boxes have the image's number first, then ``x`` and ``y`` of two corners, and
+    a ``sampling_ratio`` of 0 is ``None``. Its attention adds the query to its result.
+
     Args:
-        link (~chainer_deform.links.DeformableConvolution2D or \
-~chainer_deform.links.DeformableConvolution2DSampler): Where the parameters go, cast to
-            its dtype and on its device. If it was made without ``in_channels``, its
+        link (~chainer.Link): Where the parameters go, cast to its dtype and on its
+            device; one of the links above. If it was made without ``in_channels``, its
             parameters are initialised. As with :func:`chainer.serializers.load_npz`,
             gradients and update rules stay as they are.
         state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
@@ -289,8 +314,9 @@ def from_mmcv(
             no str, or an array holds no real numbers, has a mask, or is not to be read
             by NumPy.
         ValueError: Keys are missing or superfluous, a shape does not fit, a number is
-            too large for the dtype of its parameter, a parameter is read-only, or
-            ``mask_scale`` is 0, infinite or NaN.
+            too large for the dtype of its parameter, a parameter is read-only,
+            ``mask_scale`` is 0, infinite or NaN, or attention has other numbers of
+            input and output channels.
 
     Nothing is changed where there is an error, of whatever kind.
 
@@ -312,8 +338,12 @@ def from_mmcv(
         (8, 6, 3, 3)
 
     """
-    _check_strs(prefix=prefix)
-    _check_mapping(state_dict)
+    check_strs(prefix=prefix)
+    parts = _other_mmcv_parts(link, prefix)
+    if parts is not None:
+        load(parts, state_dict, prefix)
+        return
+    check_mapping(state_dict)
     offsets = (
         f'{prefix}conv_offset.',
         f'{prefix}conv_offset_mask.',  # CenterNet and early mmdetection
@@ -326,7 +356,7 @@ def from_mmcv(
         layers = _mmcv_layers(state_dict)
         if layers:
             raise ValueError(
-                f'prefix must be that of a layer, {_listed(layers)}, not {prefix!r}'
+                f'prefix must be that of a layer, {listed(layers)}, not {prefix!r}'
             )
     found = [offset for offset in offsets if f'{offset}weight' in state_dict]
     offset = found[0] if found else offsets[0]
@@ -337,12 +367,10 @@ def from_mmcv(
             f'is {factor}'
         )
     parts = _parts(link, prefix, offset, factor=factor)
-    _load(parts, state_dict, prefix, another=f'{prefix}norm.')
+    _load(link, parts, state_dict, prefix, another=f'{prefix}norm.')
 
 
-def to_mmcv(
-    link: DeformableConvolution2D | DeformableConvolution2DSampler, *, prefix: str = ''
-) -> dict[str, numpy.ndarray]:
+def to_mmcv(link: chainer.Link, *, prefix: str = '') -> dict[str, numpy.ndarray]:
     """The parameters of a link as an mmcv layer has them.
 
     The reverse of :func:`from_mmcv`, which says which layer fits which link. If the
@@ -352,8 +380,7 @@ def to_mmcv(
     for key, array in state_dict.items()})`` takes the arrays.
 
     Args:
-        link (~chainer_deform.links.DeformableConvolution2D or \
-~chainer_deform.links.DeformableConvolution2DSampler): The layer.
+        link (~chainer.Link): The layer, one of those that :func:`from_mmcv` lists.
         prefix (str): How the keys are to begin.
 
     Returns:
@@ -362,7 +389,8 @@ def to_mmcv(
     Raises:
         TypeError: ``link`` is of another class, or ``prefix`` is no str.
         ValueError: The link is not initialised yet, the filter times ``mask_scale`` is
-            too large for its dtype, or the link has a bias but no mask: mmcv's
+            too large for its dtype, attention has other numbers of input and output
+            channels, or a convolution has a bias but no mask: mmcv's
             ``DeformConv2dPack`` has no bias.
 
     .. seealso:: :func:`chainer_deform.convert.from_mmcv`
@@ -380,9 +408,12 @@ def to_mmcv(
         weight (8, 6, 3, 3)
 
     """
-    _check_strs(prefix=prefix)
+    check_strs(prefix=prefix)
+    parts = _other_mmcv_parts(link, prefix)
+    if parts is not None:
+        return save(parts)
     offset = f'{prefix}conv_offset.'
-    state_dict = _save(_parts(link, prefix, offset, factor=_mask_scale(link)))
+    state_dict = save(_parts(link, prefix, offset, factor=_mask_scale(link)))
     if isinstance(link, DeformableConvolution2D):
         if not link.modulated and link.deform_conv.b is not None:
             raise ValueError(
@@ -393,6 +424,287 @@ def to_mmcv(
         zeros = numpy.zeros(len(weight), weight.dtype)
         state_dict.setdefault(f'{offset}bias', zeros)
     return state_dict
+
+
+def from_internimage(link: DCNv3, state_dict: Mapping, *, prefix: str = '') -> None:
+    """Copies the parameters of InternImage's DCNv3 module into a link.
+
+    The link has to be made with the options of the module: ``channels`` are both
+    ``in_channels`` and ``out_channels``, ``kernel_size`` is ``ksize``, ``dilation``
+    ``dilate``, ``group`` ``offset_groups``, ``dw_kernel_size`` ``dw_ksize`` and
+    ``center_feature_scale`` ``center_scale``. The module must have ``pad=dilation *
+    (kernel_size - 1) / 2``, as it keeps the size of its input, ``act_layer='GELU'`` and
+    ``norm_layer='LN'``. Its images have their channels last, those of the link first.
+
+    Args:
+        link (~chainer_deform.links.DCNv3): Where the parameters go, cast to its dtype
+            and on its device. If it was made without ``in_channels``, its parameters
+            are initialised. As with :func:`chainer.serializers.load_npz`, gradients and
+            update rules stay as they are.
+        state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
+            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes,
+            bfloat16 included. It is not changed.
+        prefix (str): How the keys of the layer begin, as ``'levels.0.blocks.0.dcn.'``,
+            where ``state_dict`` is that of a whole model. All that begin so have to be
+            of the layer; others are left alone.
+
+    Raises:
+        TypeError: ``link`` is of another class, ``state_dict`` no mapping, ``prefix``
+            no str, or an array holds no real numbers, has a mask, or is not to be read
+            by NumPy.
+        ValueError: Keys are missing or superfluous, a shape does not fit, a number is
+            too large for the dtype of its parameter, a parameter is read-only, or
+            ``in_channels`` of ``link`` are not its ``out_channels``.
+
+    Nothing is changed where there is an error, of whatever kind.
+
+    .. seealso:: :func:`chainer_deform.convert.to_internimage`
+
+    .. admonition:: Example
+
+        >>> layer = chainer_deform.links.DCNv3(8, 8, offset_groups=2)
+        >>> state_dict = to_internimage(layer, prefix='dcn.')  # or model.state_dict()
+        >>> state_dict['dcn.offset.bias'][:2] = 1, 2  # x and y of the first tap
+        >>> from_internimage(layer, state_dict, prefix='dcn.')
+        >>> layer.offset_conv.b.array[[0, 9]]
+        array([1., 2.], dtype=float32)
+
+    """
+    load(_internimage_parts(link, prefix), state_dict, prefix)
+
+
+def to_internimage(link: DCNv3, *, prefix: str = '') -> dict[str, numpy.ndarray]:
+    """The parameters of a link as InternImage's DCNv3 module has them.
+
+    The reverse of :func:`from_internimage`, which says what the module has to be like.
+    In torch, ``module.load_state_dict({key: torch.from_numpy(array) for key, array in
+    state_dict.items()})`` takes the arrays.
+
+    Args:
+        link (~chainer_deform.links.DCNv3): The layer.
+        prefix (str): How the keys are to begin.
+
+    Returns:
+        dict: NumPy arrays by name, copies, of the dtype of the parameters.
+
+    Raises:
+        TypeError: ``link`` is of another class, or ``prefix`` is no str.
+        ValueError: The link is not initialised yet, or its ``in_channels`` are not its
+            ``out_channels``.
+
+    .. seealso:: :func:`chainer_deform.convert.from_internimage`
+
+    .. admonition:: Example
+
+        >>> layer = chainer_deform.links.DCNv3(8, 8, offset_groups=2)
+        >>> for key, array in sorted(to_internimage(layer).items()):
+        ...     print(key, array.shape)
+        dw_conv.0.bias (8,)
+        dw_conv.0.weight (8, 1, 3, 3)
+        dw_conv.1.1.bias (8,)
+        dw_conv.1.1.weight (8,)
+        input_proj.bias (8,)
+        input_proj.weight (8, 8)
+        mask.bias (18,)
+        mask.weight (18, 8)
+        offset.bias (36,)
+        offset.weight (36, 8)
+        output_proj.bias (8,)
+        output_proj.weight (8, 8)
+
+    """
+    return save(_internimage_parts(link, prefix))
+
+
+def from_dcnv4(link: DCNv4, state_dict: Mapping, *, prefix: str = '') -> None:
+    """Copies the parameters of the authors' DCNv4 module into a link.
+
+    The link has to be made with the options of the module: ``channels`` are both
+    ``in_channels`` and ``out_channels``, ``kernel_size`` is ``ksize``, ``dilation``
+    ``dilate``, ``group`` ``offset_groups``, ``dw_kernel_size`` ``dw_ksize``,
+    ``center_feature_scale`` ``center_scale``, ``output_bias`` ``not output_nobias`` and
+    ``without_pointwise`` ``not pointwise``. The module must have ``pad=dilation *
+    (kernel_size - 1) / 2``, as it keeps the size of its input. Its images are ``(n,
+    h * w, c)``, those of the link ``(n, c, h, w)``.
+
+    The module predicts a multiple of 8 numbers per pixel. What it does not use of them
+    is left out.
+
+    Args:
+        link (~chainer_deform.links.DCNv4): Where the parameters go, cast to its dtype
+            and on its device. If it was made without ``in_channels``, its parameters
+            are initialised. As with :func:`chainer.serializers.load_npz`, gradients and
+            update rules stay as they are.
+        state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
+            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes,
+            bfloat16 included. It is not changed.
+        prefix (str): How the keys of the layer begin, as ``'levels.0.blocks.0.dcn.'``,
+            where ``state_dict`` is that of a whole model. All that begin so have to be
+            of the layer; others are left alone.
+
+    Raises:
+        TypeError: ``link`` is of another class, ``state_dict`` no mapping, ``prefix``
+            no str, or an array holds no real numbers, has a mask, or is not to be read
+            by NumPy.
+        ValueError: Keys are missing or superfluous, a shape does not fit, a number is
+            too large for the dtype of its parameter, a parameter is read-only, or
+            ``in_channels`` of ``link`` are not its ``out_channels``.
+
+    Nothing is changed where there is an error, of whatever kind.
+
+    .. seealso:: :func:`chainer_deform.convert.to_dcnv4`
+
+    .. admonition:: Example
+
+        >>> layer = chainer_deform.links.DCNv4(8, 8, offset_groups=2)
+        >>> state_dict = to_dcnv4(layer, prefix='dcn.')  # or model.state_dict()
+        >>> state_dict['dcn.offset_mask.bias'][18] = 3  # weight of the first tap
+        >>> from_dcnv4(layer, state_dict, prefix='dcn.')
+        >>> float(layer.offset_conv.b.array[36])
+        3.0
+
+    """
+    load(_dcnv4_parts(link, prefix), state_dict, prefix)
+
+
+def to_dcnv4(link: DCNv4, *, prefix: str = '') -> dict[str, numpy.ndarray]:
+    """The parameters of a link as the authors' DCNv4 module has them.
+
+    The reverse of :func:`from_dcnv4`, which says what the module has to be like. What
+    the module does not use is 0. In torch, ``module.load_state_dict({key:
+    torch.from_numpy(array) for key, array in state_dict.items()})`` takes the arrays.
+
+    Args:
+        link (~chainer_deform.links.DCNv4): The layer.
+        prefix (str): How the keys are to begin.
+
+    Returns:
+        dict: NumPy arrays by name, copies, of the dtype of the parameters.
+
+    Raises:
+        TypeError: ``link`` is of another class, or ``prefix`` is no str.
+        ValueError: The link is not initialised yet, or its ``in_channels`` are not its
+            ``out_channels``.
+
+    .. seealso:: :func:`chainer_deform.convert.from_dcnv4`
+
+    .. admonition:: Example
+
+        54 numbers for each pixel, and 2 that are not used:
+
+        >>> layer = chainer_deform.links.DCNv4(8, 8, offset_groups=2)
+        >>> for key, array in sorted(to_dcnv4(layer).items()):
+        ...     print(key, array.shape)
+        offset_mask.bias (56,)
+        offset_mask.weight (56, 8)
+        output_proj.bias (8,)
+        output_proj.weight (8, 8)
+        value_proj.bias (8,)
+        value_proj.weight (8, 8)
+
+    """
+    return save(_dcnv4_parts(link, prefix))
+
+
+def from_deformable_detr(
+    link: MultiScaleDeformableAttention, state_dict: Mapping, *, prefix: str = ''
+) -> None:
+    """Copies the parameters of Deformable DETR's attention into a link.
+
+    That is the module ``MSDeformAttn``; those of the transformers package and of mmcv
+    have the same parameters. The link has to be made with the options of the module:
+    ``d_model`` are both ``in_channels`` and ``out_channels``, ``n_levels`` is
+    ``levels``, ``n_heads`` ``heads`` and ``n_points`` ``points``.
+
+    Args:
+        link (~chainer_deform.links.MultiScaleDeformableAttention): Where the parameters
+            go, cast to its dtype and on its device. If it was made without
+            ``in_channels``, its parameters are initialised. As with
+            :func:`chainer.serializers.load_npz`, gradients and update rules stay as
+            they are.
+        state_dict (Mapping): The arrays by name: what ``module.state_dict()`` returns,
+            with tensors on the CPU, or anything else that :func:`numpy.asarray` takes,
+            bfloat16 included. It is not changed.
+        prefix (str): How the keys of the layer begin, as
+            ``'transformer.encoder.layers.0.self_attn.'``, where ``state_dict`` is that
+            of a whole model. All that begin so have to be of the layer; others are left
+            alone.
+
+    Raises:
+        TypeError: ``link`` is of another class, ``state_dict`` no mapping, ``prefix``
+            no str, or an array holds no real numbers, has a mask, or is not to be read
+            by NumPy.
+        ValueError: Keys are missing or superfluous, a shape does not fit, a number is
+            too large for the dtype of its parameter, a parameter is read-only, or
+            ``in_channels`` of ``link`` are not its ``out_channels``.
+
+    Nothing is changed where there is an error, of whatever kind.
+
+    .. seealso:: :func:`chainer_deform.convert.to_deformable_detr`
+
+    .. admonition:: Example
+
+        >>> layer = chainer_deform.links.MultiScaleDeformableAttention(None, 16)
+        >>> other = chainer_deform.links.MultiScaleDeformableAttention(16, 16)
+        >>> state_dict = to_deformable_detr(other, prefix='a.')  # or model.state_dict()
+        >>> from_deformable_detr(layer, state_dict, prefix='a.')
+        >>> layer.offset_fc.W.shape
+        (256, 16)
+
+    """
+    load(_attention_parts(link, prefix), state_dict, prefix)
+
+
+def to_deformable_detr(
+    link: MultiScaleDeformableAttention, *, prefix: str = ''
+) -> dict[str, numpy.ndarray]:
+    """The parameters of a link as Deformable DETR's attention has them.
+
+    The reverse of :func:`from_deformable_detr`, which says what the module has to be
+    like. In torch, ``module.load_state_dict({key: torch.from_numpy(array) for key,
+    array in state_dict.items()})`` takes the arrays.
+
+    Args:
+        link (~chainer_deform.links.MultiScaleDeformableAttention): The layer.
+        prefix (str): How the keys are to begin.
+
+    Returns:
+        dict: NumPy arrays by name, copies, of the dtype of the parameters.
+
+    Raises:
+        TypeError: ``link`` is of another class, or ``prefix`` is no str.
+        ValueError: The link is not initialised yet, or its ``in_channels`` are not its
+            ``out_channels``.
+
+    .. seealso:: :func:`chainer_deform.convert.from_deformable_detr`
+
+    .. admonition:: Example
+
+        >>> layer = chainer_deform.links.MultiScaleDeformableAttention(16, 16)
+        >>> for key, array in sorted(to_deformable_detr(layer).items()):
+        ...     print(key, array.shape)
+        attention_weights.bias (128,)
+        attention_weights.weight (128, 16)
+        output_proj.bias (16,)
+        output_proj.weight (16, 16)
+        sampling_offsets.bias (256,)
+        sampling_offsets.weight (256, 16)
+        value_proj.bias (16,)
+        value_proj.weight (16, 16)
+
+    """
+    return save(_attention_parts(link, prefix))
+
+
+def _other_mmcv_parts(link, prefix: str) -> dict[str, Part] | None:
+    """What mmcv's layers other than convolutions hold; None if link is one of these."""
+    others = DeformableRoIPooling2D, MultiScaleDeformableAttention
+    _check_class(link, *_CONVOLUTIONS, *others)
+    if isinstance(link, DeformableRoIPooling2D):
+        return _roi_pooling_parts(link, prefix)
+    if isinstance(link, MultiScaleDeformableAttention):
+        return _attention_parts(link, prefix)
+    return None
 
 
 def _mmcv_layers(state_dict: Mapping) -> set[str]:
@@ -406,38 +718,9 @@ def _mmcv_layers(state_dict: Mapping) -> set[str]:
     return layers
 
 
-class _Part(NamedTuple):
-    """What an array of the other library holds of a link.
-
-    Attributes:
-        conv: The convolution that the parameter is of.
-        param: The parameter; ``None`` if the link has no such bias.
-        rows: Which rows of the parameter, in the other library's order.
-        factor: What they are multiplied by.
-        nobias: The option that says whether there is a bias.
-        name: Path of the parameter in the link.
-
-    """
-
-    conv: chainer.Link
-    param: chainer.Parameter | None
-    rows: numpy.ndarray
-    factor: float
-    nobias: str
-    name: str
-
-    def shape(self, in_channels: int) -> tuple[int, ...]:
-        """Shape of the array, for a link of so many input channels."""
-        if self.param is self.conv.b:
-            return (len(self.rows),)
-        ksize = self.conv.ksize
-        kh, kw = ksize if hasattr(ksize, '__len__') else (ksize, ksize)
-        return len(self.rows), in_channels // self.conv.groups, kh, kw
-
-
 def _parts(
     link, deform: str, offset: str, mask: str | None = None, factor: float = 1.0
-) -> dict[str, _Part]:
+) -> dict[str, Part]:
     """The other library's arrays by key, that of the filter first.
 
     Args:
@@ -451,10 +734,9 @@ def _parts(
     if isinstance(link, DeformableConvolution2D):
         sampler, path, nobias = link.deform_conv, 'deform_conv/', 'deform_nobias'
     else:
-        _check_link(link)
         sampler, path, nobias = link, '', 'nobias'
     rows = numpy.arange(sampler.out_channels)
-    convs = [(deform, sampler, rows, factor, nobias, path)]
+    convs: list[tuple] = [(deform, sampler, rows, factor, nobias, path)]
     if link is not sampler:
         kh, kw = sampler.ksize
         order = interleaved_order(sampler.offset_groups, kh * kw)
@@ -467,16 +749,56 @@ def _parts(
             convs.append((mask, link.offset_conv, rows[end:], *rest))
     parts = {}
     for start, conv, rows, weight_factor, nobias, path in convs:
-        weight = _Part(conv, conv.W, rows, weight_factor, nobias, f'{path}W')
-        parts[f'{start}weight'] = weight
-        parts[f'{start}bias'] = _Part(conv, conv.b, rows, 1.0, nobias, f'{path}b')
+        out_channels, share = conv.out_channels, Fraction(1, conv.groups)
+        parts[f'{start}weight'] = Part(
+            conv.W,
+            f'{path}W',
+            (out_channels, None, *sampler.ksize),
+            rows=rows,
+            factor=weight_factor,
+            share=share,
+        )
+        options = f'{nobias}=False', f'{nobias}=True'
+        parts[f'{start}bias'] = Part(
+            conv.b, f'{path}b', (out_channels,), rows=rows, options=options
+        )
     return parts
+
+
+def _load(
+    link, parts: dict[str, Part], state_dict: Mapping, prefix: str, another=None
+) -> None:
+    """Copies arrays into a deformable convolution."""
+    sampler = link.deform_conv if isinstance(link, DeformableConvolution2D) else link
+    geometry = Geometry(
+        sampler.ksize, groups=sampler.groups, offset_groups=sampler.offset_groups
+    )
+
+    def check(in_channels):
+        geometry.W_shape(in_channels, sampler.out_channels)  # which checks the groups
+
+    def hint(found):
+        return '' if link is sampler else _hint_for_plain_weights(parts, found, prefix)
+
+    load(parts, state_dict, prefix, another, check, hint)
+
+
+def _hint_for_plain_weights(parts: dict[str, Part], found: set, prefix: str) -> str:
+    """What to do with weights that have none of an offset convolution beside them."""
+    weight = next(iter(parts))
+    for start in weight[: -len('weight')], prefix:
+        if f'{start}weight' in found and found <= {f'{start}weight', f'{start}bias'}:
+            return (
+                '; for weights alone, without an offset convolution, give '
+                f'link.deform_conv in the place of link, with prefix={start!r}'
+            )
+    return ''
 
 
 def _torchvision_parts(
     link, prefix: str, offset_conv: str, mask_conv: str | None, deform_conv: str
-) -> dict[str, _Part]:
-    _check_link(link)
+) -> dict[str, Part]:
+    _check_class(link, *_CONVOLUTIONS)
     names = {'offset_conv': offset_conv, 'deform_conv': deform_conv}
     if mask_conv is not None:
         names['mask_conv'] = mask_conv
@@ -485,7 +807,7 @@ def _torchvision_parts(
                 'mask_conv must be None, as link has no mask of its own: it is no '
                 f'DeformableConvolution2D with modulated=True; not {mask_conv!r}'
             )
-    _check_strs(prefix=prefix, **names)
+    check_strs(prefix=prefix, **names)
     if isinstance(link, DeformableConvolution2DSampler):
         return _parts(link, prefix, '')
     if len(set(names.values())) < len(names):
@@ -501,238 +823,175 @@ def _mask_scale(link) -> float:
     return float(link.mask_scale) if getattr(link, 'modulated', False) else 1.0
 
 
-def _load(
-    parts: dict[str, _Part],
-    state_dict: Mapping,
-    prefix: str,
-    another: str | None = None,
-) -> None:
-    """Copies arrays into the link, once all of them are found to fit.
-
-    ``another`` is how the keys of another layer begin, if they begin with ``prefix``.
-    """
-    _check_keys(parts, state_dict, prefix, another)
-    parts = {key: part for key, part in parts.items() if part.param is not None}
-    arrays = {key: _array(key, state_dict[key]) for key in parts}
-    in_channels = _in_channels(parts, arrays)
-    for key, part in parts.items():
-        expected, found = part.shape(in_channels), arrays[key].shape
-        if found != expected:
-            raise ValueError(
-                f'state_dict[{key!r}] must have the shape {expected}, not {found}'
-            )
-    new: dict[str, tuple[chainer.Parameter, numpy.ndarray]] = {}
-    for key, part in parts.items():
-        shape = part.conv.out_channels, *part.shape(in_channels)[1:]
-        dtype = _writable_dtype(part, shape)
-        _, whole = new.setdefault(part.name, (part.param, numpy.empty(shape, dtype)))
-        whole[part.rows] = _converted(
-            f'state_dict[{key!r}]', part, arrays[key], numpy.divide, dtype
-        )
-    _write(list(new.values()))
+def _internimage_parts(link, prefix: str) -> dict[str, Part]:
+    _check_class(link, DCNv3)
+    check_strs(prefix=prefix)
+    c = _channels(link, link.input_proj, link.offset_conv)
+    offset_rows, mask_rows = _column_by_column(link)
+    dw_conv, norm = link.dw_conv, link.norm
+    return {
+        **_projection(f'{prefix}input_proj.', link, 'input_proj', c),
+        f'{prefix}dw_conv.0.weight': _depthwise_weight(dw_conv, c),
+        f'{prefix}dw_conv.0.bias': Part(dw_conv.b, 'dw_conv/b', (c,)),
+        f'{prefix}dw_conv.1.1.weight': Part(norm.gamma, 'norm/gamma', (c,)),
+        f'{prefix}dw_conv.1.1.bias': Part(norm.beta, 'norm/beta', (c,)),
+        **_projection(f'{prefix}offset.', link, 'offset_conv', c, offset_rows),
+        **_projection(f'{prefix}mask.', link, 'mask_conv', c, mask_rows),
+        **_projection(f'{prefix}output_proj.', link, 'output_proj', c),
+        **_center_parts(prefix, link, c),
+    }
 
 
-def _save(parts: dict[str, _Part]) -> dict[str, numpy.ndarray]:
-    state_dict = {}
-    for key, part in parts.items():
-        if part.param is None:
-            continue
-        if part.param.array is None:
-            raise ValueError(
-                'link is not initialised yet: call it once or make it with in_channels'
-            )
-        array = backend.CpuDevice().send(part.param.array)[part.rows]
-        state_dict[key] = _converted('link', part, array, numpy.multiply, array.dtype)
-    return state_dict
-
-
-def _writable_dtype(part: _Part, shape: tuple[int, ...]) -> numpy.dtype:
-    """The dtype of a parameter, which an array of this shape can be written into."""
-    array = part.param.array
-    if array is None:  # as Parameter.initialize() has it
-        return chainer.get_dtype(getattr(part.param.initializer, 'dtype', None))
-    if array.shape != shape:
-        raise ValueError(
-            f'{part.name} of link must have the shape {shape}, not {array.shape}'
-        )
-    flags = getattr(array, 'flags', None)
-    if not getattr(flags, 'writeable', True):  # arrays on a GPU always are
-        raise ValueError(f'{part.name} of link must not be read-only')
-    return array.dtype
-
-
-def _converted(
-    where: str, part: _Part, array: numpy.ndarray, scale: Callable, dtype: numpy.dtype
-) -> numpy.ndarray:
-    """An array divided or multiplied by the factor, in another dtype.
-
-    Raises:
-        ValueError: A number becomes infinite or NaN.
-
-    """
-    with numpy.errstate(all='ignore'):
-        result = scale(array, part.factor, dtype=float).astype(dtype)
-    lost = numpy.isfinite(array) & ~numpy.isfinite(result)
-    if lost.any():
-        verb = 'divided' if scale is numpy.divide else 'multiplied'
-        scaled = '' if part.factor == 1 else f' {verb} by mask_scale, {part.factor},'
-        raise ValueError(
-            f'{where} has the number {array[lost][0]}, which{scaled} is too large for '
-            f'{part.name}, {dtype} (at most {numpy.finfo(dtype).max})'
-        )
-    return result
-
-
-def _write(new: list[tuple[chainer.Parameter, numpy.ndarray]]) -> None:
-    """Writes arrays into parameters: into all of them or, with an error, into none."""
-    old = []
-    try:
-        for param, array in new:
-            before = param.array if param.array is None else param.array.copy()
-            old.append((param, before, dict(vars(param))))
-            if before is None:
-                param.initialize(array.shape)
-            with chainer.using_device(param.device):
-                param.array[...] = param.device.send(array)
-    except BaseException:
-        for param, before, attributes in old:
-            with contextlib.suppress(Exception):  # the one that cannot be written
-                if before is None:
-                    param.array = None
-                    vars(param).update(attributes)
-                else:
-                    param.array[...] = before
-        raise
-
-
-def _in_channels(parts: dict[str, _Part], arrays: dict) -> int:
-    """The link's number of input channels; that of the filter's array if it has none.
-
-    Raises:
-        ValueError: The array does not fit any number.
-
-    """
-    for conv in {id(part.conv): part.conv for part in parts.values()}.values():
-        if conv.W.array is not None:
-            return conv.W.shape[1] * conv.groups
-    key, part = next(iter(parts.items()))
-    shape, conv = arrays[key].shape, part.conv
-    if len(shape) != 4:
-        kh, kw = conv.ksize
-        raise ValueError(
-            f'state_dict[{key!r}] must have the shape ({conv.out_channels}, '
-            f'in_channels / {conv.groups}, {kh}, {kw}), not {shape}'
-        )
-    in_channels = shape[1] * conv.groups
-    geometry = Geometry(
-        conv.ksize, groups=conv.groups, offset_groups=conv.offset_groups
+def _dcnv4_parts(link, prefix: str) -> dict[str, Part]:
+    _check_class(link, DCNv4)
+    check_strs(prefix=prefix)
+    c = _channels(link, link.offset_conv)
+    groups = link.offset_groups
+    offset_rows, mask_rows = _column_by_column(link)
+    # For each group its offsets, then its weights; together a multiple of 8.
+    rows = numpy.concatenate(
+        [
+            offset_rows.reshape(groups, -1),
+            len(offset_rows) + mask_rows.reshape(groups, -1),
+        ],
+        axis=1,
+    ).ravel()
+    rows = numpy.pad(rows, (0, -len(rows) % 8), constant_values=-1)
+    dw_conv, dw = link.dw_conv, f'{prefix}offset_mask_dw.'
+    parts = _projection(f'{prefix}offset_mask.', link, 'offset_conv', c, rows)
+    parts[f'{dw}weight'] = _depthwise_weight(dw_conv, c)
+    parts[f'{dw}bias'] = Part(getattr(dw_conv, 'b', None), 'dw_conv/b', (c,))
+    for key, name in ('value_proj', 'input_proj'), ('output_proj', 'output_proj'):
+        start = f'{prefix}{key}.'
+        parts.update(_projection(start, link, name, c, option='pointwise'))
+    output_bias = f'{prefix}output_proj.bias'
+    parts[output_bias] = parts[output_bias]._replace(
+        options=('output_nobias=False', 'output_nobias=True')
     )
-    geometry.W_shape(in_channels, conv.out_channels)  # which checks the groups
-    return in_channels
+    return {**parts, **_center_parts(prefix, link, c)}
 
 
-def _array(key: str, value) -> numpy.ndarray:
-    if isinstance(value, numpy.ma.MaskedArray):
-        raise TypeError(
-            f'state_dict[{key!r}] must be an array without a mask, not a '
-            f'{type(value).__name__}: fill it, as with .filled(0)'
-        )
-    try:
-        if str(getattr(value, 'dtype', '')) == 'torch.bfloat16':
-            value = value.float()  # NumPy has no such dtype
-        array = numpy.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # say, on a GPU
-        raise TypeError(
-            f'state_dict[{key!r}] must be an array that NumPy can read, not a '
-            f'{type(value).__name__}: {error}'
-        ) from error
-    if array.dtype.name == 'bfloat16':  # of ml_dtypes
-        array = array.astype(numpy.float32)
-    if array.dtype.kind not in 'fiu':
-        hint = ''
-        if array.dtype == 'V2':
-            hint = ' (bfloat16 from a file? array.view(ml_dtypes.bfloat16) makes it so)'
-        raise TypeError(
-            f'state_dict[{key!r}] must hold real numbers, not {array.dtype}{hint}'
-        )
-    return array
+def _attention_parts(link, prefix: str) -> dict[str, Part]:
+    _check_class(link, MultiScaleDeformableAttention)
+    check_strs(prefix=prefix)
+    c = _channels(link, link.offset_fc, link.value_fc)
+    parts = {}
+    for key, name in (
+        ('sampling_offsets', 'offset_fc'),
+        ('attention_weights', 'weight_fc'),
+        ('value_proj', 'value_fc'),
+        ('output_proj', 'output_fc'),
+    ):
+        fc, start = getattr(link, name), f'{prefix}{key}.'
+        parts[f'{start}weight'] = Part(fc.W, f'{name}/W', (fc.out_size, c))
+        parts[f'{start}bias'] = Part(fc.b, f'{name}/b', (fc.out_size,))
+    return parts
 
 
-def _check_keys(
-    parts: dict[str, _Part], state_dict: Mapping, prefix: str, another: str | None
-) -> None:
-    expected = {key for key, part in parts.items() if part.param is not None}
-    # str(), as a mapping may have other keys.
-    found = {key for key in state_dict if str(key).startswith(prefix) or key in parts}
-    if another is not None:
-        found = {key for key in found if not str(key).startswith(another)}
-    if found == expected:
-        return
-    message = f'state_dict must have the keys {_listed(expected)}'
-    if prefix:
-        message += f' and no others that begin with {prefix!r}'
-    wrong = []
-    if expected - found:
-        wrong.append(f'lacks {_listed(expected - found)}')
-    if found - expected:
-        wrong.append(f'has {_listed(found - expected)} besides')
-    message += ', but ' + ', and '.join(wrong)
-    for key, part in parts.items():
-        weight = f'{key[: -len("bias")]}weight'
-        if (
-            key.endswith('bias')
-            and weight in found
-            and (key in found) != (key in expected)
-        ):
-            message += (
-                f'; {"with" if key in found else "without"} {key!r} the link has to be '
-                f'made with {part.nobias}={key not in found}'
+def _roi_pooling_parts(link: DeformableRoIPooling2D, prefix: str) -> dict[str, Part]:
+    bins = link.outsize[0] * link.outsize[1]
+    size = link.fc_size
+    options = 'modulated=True', 'modulated=False'
+    parts = {}
+    for name, index, shape in (
+        ('offset_fc', 0, (size, None)),
+        ('offset_fc', 1, (size, size)),
+        ('offset_fc', 2, (2 * bins, size)),
+        ('mask_fc', 0, (size, None)),
+        ('mask_fc', 1, (bins, size)),
+    ):
+        # mmcv counts the rectifiers, too.
+        path, start = f'{name}/{index}', f'{prefix}{name}.{2 * index}.'
+        fc = None
+        if name == 'offset_fc' or link.modulated:
+            fc = getattr(link, name)[index]
+        W, b = (None, None) if fc is None else (fc.W, fc.b)
+        parts[f'{start}weight'] = Part(W, f'{path}/W', shape, share=Fraction(bins))
+        parts[f'{start}bias'] = Part(b, f'{path}/b', shape[:1])
+    weight = f'{prefix}mask_fc.0.weight'
+    parts[weight] = parts[weight]._replace(options=options)
+    return parts
+
+
+def _projection(
+    start: str, link, name: str, in_channels: int, rows=None, option=None
+) -> dict[str, Part]:
+    """A 1 x 1 convolution of the link, which is a fully connected layer of theirs.
+
+    ``option`` is the link's, False if it has no such convolution.
+    """
+    conv = getattr(link, name, None)
+    if conv is None:
+        W, b, out_channels = None, None, in_channels
+    else:
+        W, b, out_channels = conv.W, conv.b, conv.out_channels
+    count = out_channels if rows is None else len(rows)
+    weight = Part(
+        W,
+        f'{name}/W',
+        (out_channels, in_channels, 1, 1),
+        (count, in_channels),
+        rows,
+        options=option and (f'{option}=True', f'{option}=False'),
+    )
+    bias = Part(b, f'{name}/b', (out_channels,), rows=rows)
+    return {f'{start}weight': weight, f'{start}bias': bias}
+
+
+def _depthwise_weight(conv, channels: int) -> Part:
+    ksize = (1, 1) if conv is None else conv.ksize
+    return Part(
+        getattr(conv, 'W', None),
+        'dw_conv/W',
+        (1, channels, *ksize),
+        (channels, 1, *ksize),
+        options=('a dw_ksize', 'dw_ksize=None'),
+    )
+
+
+def _center_parts(prefix: str, link, channels: int) -> dict[str, Part]:
+    start = f'{prefix}center_feature_scale_proj_'
+    return _projection(start, link, 'center_conv', channels, option='center_scale')
+
+
+def _column_by_column(link) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Where the channels of DCNv3's offsets and weights are in those of the link.
+
+    Theirs have the taps column by column, and x and y of a tap side by side.
+    """
+    kh, kw = link.ksize
+    taps = numpy.arange(kh * kw).reshape(kh, kw).T.ravel()
+    if link.remove_center:
+        center = len(taps) // 2
+        taps = taps[taps != center]
+        taps -= taps > center
+    K = len(taps)
+    groups = numpy.arange(link.offset_groups)
+    # (G, tap, xy), (G, tap)
+    offset_rows = groups[:, None, None] * 2 * K + taps[:, None] + [0, K]
+    mask_rows = groups[:, None] * K + taps
+    return offset_rows.ravel(), mask_rows.ravel()
+
+
+def _channels(link, *layers) -> int:
+    """The number of input and of output channels of the link, which must be the same.
+
+    ``layers`` are those that read the input.
+    """
+    found = {layer.W.shape[1] for layer in layers if layer.W.array is not None}
+    for in_channels in found | {link.in_channels} - {None}:
+        if in_channels != link.out_channels:
+            raise ValueError(
+                'link must have as many input channels as output channels, but has '
+                f'in_channels={in_channels} and out_channels={link.out_channels}'
             )
-    raise ValueError(message + _hint_for_plain_weights(parts, found, prefix))
+    return link.out_channels
 
 
-def _hint_for_plain_weights(parts: dict[str, _Part], found: set, prefix: str) -> str:
-    """What to do with weights that have none of an offset convolution beside them."""
-    weight, part = next(iter(parts.items()))
-    if part.nobias == 'nobias':  # link is a sampler
-        return ''
-    for start in weight[: -len('weight')], prefix:
-        if f'{start}weight' in found and found <= {f'{start}weight', f'{start}bias'}:
-            return (
-                '; for weights alone, without an offset convolution, give '
-                f'link.deform_conv in the place of link, with prefix={start!r}'
-            )
-    return ''
-
-
-def _listed(keys) -> str:
-    """Some keys, as the state of a whole model has hundreds."""
-    names = sorted(map(repr, keys))
-    rest = len(names) - 8
-    return ', '.join(names[:8]) + (f' and {rest} more' if rest > 0 else '')
-
-
-def _check_link(link) -> None:
-    classes = DeformableConvolution2D, DeformableConvolution2DSampler
-    if not isinstance(link, classes):
-        raise TypeError(
-            'link must be a DeformableConvolution2D or a '
-            f'DeformableConvolution2DSampler of chainer_deform, not a {type(link)}'
-        )
-
-
-def _check_mapping(state_dict) -> None:
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            'state_dict must be a mapping from names to arrays, not a '
-            f'{type(state_dict).__name__}'
-        )
-
-
-def _check_strs(**arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, str):
-            raise TypeError(f'{name} must be a str, not {value!r}')
+def _check_class(link, *expected: type) -> None:
+    if not isinstance(link, expected):
+        names = ' or a '.join(c.__name__ for c in expected)
+        raise TypeError(f'link must be a {names} of chainer_deform, not a {type(link)}')
 
 
 def _permute(offset, offset_groups: int, axis: int, inv: bool):
@@ -753,7 +1012,8 @@ def _permute(offset, offset_groups: int, axis: int, inv: bool):
 
 def interleaved_order(offset_groups: int, taps: int) -> numpy.ndarray:
     """Where the channels of the interleaved order are in this package's."""
-    order = numpy.arange(offset_groups * 2 * taps, dtype=numpy.int64)
-    order = order.reshape(offset_groups, 2, taps)
+    order = numpy.arange(offset_groups * 2 * taps, dtype=numpy.int64).reshape(
+        offset_groups, 2, taps
+    )
     # (offset group, x or y, tap) -> (offset group, tap, y or x)
     return order[:, ::-1].transpose(0, 2, 1).ravel()

@@ -9,18 +9,28 @@ import numpy
 from chainer import backend
 from chainer.utils import type_check
 
-from chainer_deform._checks import float_array, integer
+from chainer_deform._checks import float_array, integer, positive
+from chainer_deform.functions.dcn_v3_2d import checked_taps, grid
 from chainer_deform.geometry import Geometry
 
 
 def sampling_locations(
-    offset, ksize, stride=1, pad=0, dilate=1, offset_groups: int = 1
+    offset,
+    ksize,
+    stride=1,
+    pad=0,
+    dilate=1,
+    offset_groups: int = 1,
+    *,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
 ):
     """The sampling points of a deformable convolution, in pixels of its input.
 
     Tap ``(i, j)`` of the kernel at output ``(oy, ox)`` reads the image at row ``oy * sy
     - ph + i * dy + offset_y`` and column ``ox * sx - pw + j * dx + offset_x``. With
-    zero offsets these are the points of a plain convolution.
+    zero offsets these are the points of a plain convolution. The points of
+    :func:`~chainer_deform.functions.dcn_v3_2d` are made with its other two options.
 
     Args:
         offset (:class:`~chainer.Variable` or :ref:`ndarray`): Offsets in pixels, of
@@ -33,6 +43,10 @@ def sampling_locations(
         dilate (int or pair of ints): Step ``(dy, dx)`` between taps, in pixels.
         offset_groups (int): Number of groups of input channels with offsets of their
             own.
+        offset_scale (float): Factor of the offsets, and of the kernel's size around its
+            centre, above 0.
+        remove_center (bool): Whether there is no tap in the centre, for odd square
+            kernels larger than 1: one less than ``kh * kw`` then.
 
     Returns:
         :ref:`ndarray`: Points of shape ``(n, offset_groups, kh * kw, 2, out_h,
@@ -63,7 +77,9 @@ def sampling_locations(
     """
     geometry = Geometry(ksize, stride, pad, dilate, offset_groups=offset_groups)
     offset = float_array('offset', offset)
-    channels = 2 * geometry.offset_groups * geometry.taps
+    offset_scale = positive('offset_scale', offset_scale)
+    taps = checked_taps(geometry, remove_center)
+    channels = 2 * geometry.offset_groups * taps
     if offset.ndim != 4 or offset.shape[1] != channels:
         raise type_check.InvalidType(
             f'offset.shape == (n, {channels}, out_h, out_w) for '
@@ -75,14 +91,17 @@ def sampling_locations(
     n, _, out_h, out_w = offset.shape
     dtype = numpy.promote_types(offset.dtype, numpy.float32)
     # (n, offset group, x or y, tap, out_h, out_w)
-    offset = offset.reshape(n, geometry.offset_groups, 2, geometry.taps, out_h, out_w)
+    offset = offset.reshape(n, geometry.offset_groups, 2, taps, out_h, out_w)
     with chainer.using_device(backend.get_device_from_array(offset)):
-        points = xp.empty(
-            (n, geometry.offset_groups, geometry.taps, 2, out_h, out_w), dtype
-        )
-        grid_y, grid_x = _grid(xp, geometry, out_h, out_w, dtype)
-        xp.add(offset[:, :, 1], grid_y, out=points[:, :, :, 0], dtype=dtype)
-        xp.add(offset[:, :, 0], grid_x, out=points[:, :, :, 1], dtype=dtype)
+        points = xp.empty((n, geometry.offset_groups, taps, 2, out_h, out_w), dtype)
+        places = grid(geometry, out_h, out_w, offset_scale, remove_center, dtype)
+        places = xp.asarray(places.reshape(2, taps, out_h, out_w))
+        for axis in (0, 1):
+            moves, out = offset[:, :, 1 - axis], points[:, :, :, axis]
+            if offset_scale != 1:
+                with numpy.errstate(over='ignore'):  # an infinite point
+                    moves = xp.multiply(moves, offset_scale, dtype=dtype)
+            xp.add(moves, places[1 - axis], out=out, dtype=dtype)
     return points
 
 
@@ -181,7 +200,7 @@ def _with_points(layers: list, image: int) -> list:
         given = found[-1].shape[-2:] if found else None
         if isinstance(layer, tuple):
             geometry = Geometry(*layer)
-            above = layers[i + 1] if i + 1 < len(layers) else None
+            above = [*layers, None][i + 1]
             sizes = [above.x_shape[2:]] if hasattr(above, 'x_shape') else []
             if given is not None:
                 least = geometry.out_size(*given)
@@ -191,10 +210,13 @@ def _with_points(layers: list, image: int) -> list:
                 sizes.append(least)
             if not sizes:
                 raise ValueError(f'the size that {name} gives cannot be known')
-            points = _grid(numpy, geometry, *sizes[0], numpy.float32)
-            points = numpy.stack(list(points), 1)[None]
+            height, width = sizes[0]
+            points = grid(geometry, height, width, 1, False, numpy.float32)
+            points = points[::-1].swapaxes(0, 1).reshape(1, -1, 2, height, width)
+        elif hasattr(layer, 'rois'):
+            raise TypeError(f'{name} must be a call of a convolution, not {layer!r}')
         elif hasattr(layer, 'x_shape'):
-            if given not in (None, layer.x_shape[2:]):
+            if given is not None and given != layer.x_shape[2:]:
                 raise ValueError(_misfit(i, layer.x_shape[2:], given))
             if image >= layer.x_shape[0]:
                 raise ValueError(
@@ -249,17 +271,3 @@ def outside(points, size: tuple[int, int], axis: int):
     v, u = points[(*before, 0)], points[(*before, 1)]
     h, w = size
     return (v <= -1) | (v >= h) | (u <= -1) | (u >= w)
-
-
-def _grid(xp, geometry: Geometry, out_h: int, out_w: int, dtype):
-    """Rows and columns of the points without offsets, each (taps, out_h, out_w)."""
-    rows = _places(xp, geometry.kh, geometry.dy, out_h, geometry.sy, geometry.ph)
-    columns = _places(xp, geometry.kw, geometry.dx, out_w, geometry.sx, geometry.pw)
-    shape = geometry.kh, geometry.kw, out_h, out_w
-    for places in rows[:, None, :, None], columns[None, :, None, :]:
-        yield xp.broadcast_to(places, shape).reshape(-1, out_h, out_w).astype(dtype)
-
-
-def _places(xp, taps: int, dilate: int, out: int, stride: int, pad: int):
-    """Where each tap of each output reads along one axis, (taps, out)."""
-    return xp.arange(taps)[:, None] * dilate + xp.arange(out) * stride - pad

@@ -1,4 +1,4 @@
-"""Export to ONNX: a deformable convolution becomes the standard's DeformConv."""
+"""Export to ONNX: deformable operators become DeformConv, GridSample or RoiAlign."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ['export']
 
-#: The first opset that has DeformConv.
-_MIN_OPSET = 19
+#: The first opset that has GridSample, and RoiAlign with half pixels.
+_MIN_OPSET = 16
+#: The opset that is written if none is asked for, the first that has DeformConv.
+_OPSET = 19
 #: The last opset that ONNX-Chainer writes. What is newer is in a domain of our own
 #: there, and moves to the standard's when all other nodes have been brought to the
 #: opset asked for.
@@ -50,7 +52,7 @@ def export(
     input_names=None,
     output_names=None,
     input_shapes=None,
-    opset_version: int = 19,
+    opset_version: int = _OPSET,
 ) -> onnx.ModelProto:
     """Exports a model to ONNX, with its deformable convolutions as ``DeformConv``.
 
@@ -67,6 +69,21 @@ def export(
     too, but not an ordinary convolution). A point at or beyond -1 or the image's side
     gives 0 there as here, and so does an infinite offset; a NaN offset gives 0 as well,
     where this package gives NaN.
+
+    The other operators of this package are written with standard ones of opset 16, and
+    take batches, boxes, queries and (but for attention) image sizes that are left open:
+
+    - DCNv3, DCNv4, deformable attention and ``sampled_sum_2d`` with zeros around the
+      image read by ``GridSample``, whose places are shares of the image. In float32
+      that rounds them to about ``6e-8`` of half the image's side. onnxruntime has it
+      for float64 from opset 20 on.
+    - RoI pooling reads by ``RoiAlign``: with one ``sampling_ratio`` for both axes each
+      bin is a box of it; else, and in the position-sensitive form, each sample is a box
+      of one point. In that form all samples are kept, with all their channels; where
+      ``sampling_ratio`` is None each bin takes the room of the one with most, so give a
+      number where memory counts. onnxruntime 1.32 has ``RoiAlign`` up to opset 21.
+
+    There, too, a NaN offset or location gives 0, where this package gives NaN.
 
     What a model computes outside of Chainer's functions, with NumPy or from
     ``x.shape``, is a constant in the file. So a copy of the model is called again, with
@@ -90,7 +107,8 @@ def export(
         input_shapes (tuple, or list or dict of tuples): Shapes of the inputs in the
             file, instead of those of ``args``. A name instead of a number leaves the
             size of an axis open, as in ``('n', 3, 'h', 'w')``.
-        opset_version (int): Version of the standard's operators, 19 or later.
+        opset_version (int): Version of the standard's operators, 16 or later, and 19 or
+            later if the model has deformable convolutions.
 
     Returns:
         onnx.ModelProto: The model, with its parameters.
@@ -100,8 +118,8 @@ def export(
         TypeError: ``model`` is no link, one of ``args`` no array, or ``opset_version``
             no int.
         ValueError: ``opset_version`` is one that the installed ``onnx`` does not have,
-            names do not fit or repeat, or the model uses a function without an ONNX
-            form.
+            or that does not have what the model needs, names do not fit or repeat, or
+            the model uses a function without an ONNX form.
         RuntimeError: A function cannot be exported with the options, inputs or dtypes
             that it has in the model, was called under ``chainer.no_backprop_mode``, or
             with numbers that were computed from the inputs' values by other means than
@@ -175,7 +193,7 @@ def _import_onnx() -> types.ModuleType:
         raise ModuleNotFoundError(
             "export needs onnx: pip install 'chainer-deform[onnx]'", name='onnx'
         ) from None
-    if onnx.defs.onnx_opset_version() < _MIN_OPSET:
+    if onnx.defs.onnx_opset_version() < _OPSET:
         raise ImportError(
             f'export needs onnx 1.14 or later, not {onnx.__version__}: '
             "pip install --upgrade 'chainer-deform[onnx]'"
@@ -234,7 +252,7 @@ class _Traced:
         # In ONNX an output is neither an input nor another output.
         self._taken = [*args, *kwargs.values()]
         self.outputs = []
-        with self._keep, _Watch(), _onnx_converters.rounding_as_nodes():
+        with self._keep, _Watch(), _onnx_converters.functions_as_nodes():
             outputs = self._model(*args, **kwargs)
             arrays = [param.array for _, param in self.namedparams()]
             size = sum(array.nbytes for array in arrays if array is not None)
@@ -271,7 +289,7 @@ class _Keep(chainer.LinkHook):
 
     def __init__(self) -> None:
         self.name = f'onnx_export {id(self)}'
-        self._kept = []
+        self._kept: list = []
 
     def forward_preprocess(self, args) -> None:
         self._kept.append((args.args, args.kwargs))
@@ -300,7 +318,7 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
     from onnx_chainer import mapping
 
     converters = {**mapping.converters, **_onnx_converters.CONVERTERS}
-    shapes: dict[str, tuple] = {}
+    shapes = {}
     converters = {name: _named(name, f, shapes) for name, f in converters.items()}
     with warnings.catch_warnings():
         # They are about how ONNX-Chainer is called, and what it uses of onnx.
@@ -332,6 +350,12 @@ def _export_at_chainers_opset(traced, args, input_names, output_names, input_sha
                 f'{_onnx_converters.public_name(name)}{_HINTS.get(name, "")}'
             ) from None
     _onnx_converters.drop_expands(exported.graph, shapes)
+    # What was inferred with them: a runtime would take such a size for a constant.
+    del exported.graph.value_info[:]
+    if input_shapes is not None:
+        for output in exported.graph.output:
+            for size in output.type.tensor_type.shape.dim:
+                size.Clear()
     # ONNX-Chainer has them in the order in which it found them.
     names = {id(y): name for name, y in outputs.items()}
     values = {value.name: value for value in exported.graph.output}
@@ -484,13 +508,32 @@ def _enumeration(names: list[str]) -> str:
     return ' and '.join(filter(None, (', '.join(names[:-1]), names[-1])))
 
 
+def _check_opset(onnx, node, opset_version: int) -> None:
+    """Checks that the standard has the operator of a node."""
+    if not onnx.defs.has(node.op_type, opset_version):
+        function = re.sub(r'_\d+(_tmp_\d+)?$', '', node.name)
+        first = onnx.defs.get_schema(node.op_type, _OPSET).since_version
+        raise ValueError(
+            f'the model cannot be exported with opset_version {opset_version}: '
+            f'{_onnx_converters.public_name(function)} needs {node.op_type}, which is '
+            f'in opset {first} and later'
+        )
+
+
 def _at_opset(onnx, exported, opset_version: int):
     """The exported model in the standard's operators only."""
+    for node in exported.graph.node:
+        if node.domain == _onnx_converters.DOMAIN:
+            _check_opset(onnx, node, opset_version)
     exported = onnx.version_converter.convert_version(exported, opset_version)
     graph = exported.graph
     for node in graph.node:
         if node.domain == _onnx_converters.DOMAIN:
             node.domain = ''
+            if node.op_type == 'GridSample' and opset_version < 20:
+                for attribute in node.attribute:
+                    if attribute.name == 'mode':
+                        attribute.s = b'bilinear'  # what it is called from 16 to 19
     del exported.opset_import[:]
     exported.opset_import.append(onnx.helper.make_opsetid('', opset_version))
     # ONNX-Chainer asks for the newest, which a runtime may not know yet.

@@ -14,10 +14,12 @@ def scale_updates(link: chainer.Link, factor: float) -> None:
 
     That is a learning-rate factor for any optimizer, with or without momentum, and one
     that follows every schedule of the learning rate. The papers train the convolution
-    that predicts the offsets more slowly than the rest of the model, by 0.1.
+    that predicts the offsets more slowly than the rest of the model, by 0.1, and the
+    layers that predict those of RoI pooling by 0.01.
 
     Args:
-        link (~chainer.Link): The parameters, as ``layer.offset_conv``.
+        link (~chainer.Link): The parameters, as ``layer.offset_conv`` or, of RoI
+            pooling and attention, ``layer.offset_fc``.
         factor (float): The factor, at least 0. A later call replaces it.
 
     Raises:
@@ -53,6 +55,9 @@ class _UpdateScale:
     def __init__(self, factor: float) -> None:
         self.factor = factor
         self.old = None
+
+    def __repr__(self) -> str:
+        return f'scale_updates({self.factor})'
 
     def before(self, rule, param) -> None:
         if param.array is not None:  # else it will be initialised later

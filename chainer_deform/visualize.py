@@ -59,11 +59,13 @@ def plot_sampling_points(
             the image in a layer, ``(offset_groups, kh * kw, 2, out_h, out_w)``, as
             ``chainer_deform.sampling_locations(...)[i]``; or points ``(y, x)`` in an
             array of shape ``(points, 2)``, as ``chainer_deform.receptive_points``
-            returns, or several such arrays, one for each output pixel. In pixels of the
-            layer's input.
+            returns, or several such arrays, one for each output pixel; or the samples
+            of a box's bins, ``(out_h, out_w, samples, 2)``, as a
+            :class:`~chainer_deform.link_hooks.RoISamplingCall` has them. In pixels of
+            the layer's input.
         pixels (sequence of pairs of ints): The output pixels ``(y, x)`` whose points
-            are drawn. If ``None``, the one in the middle. Where ``points`` has the form
-            ``(points, 2)`` they are for the legend alone.
+            are drawn. If ``None``, the one in the middle, and of a box all bins. Where
+            ``points`` has the form ``(points, 2)`` they are for the legend alone.
         centres (sequence of pairs of floats): Where these output pixels lie, in pixels
             of the layer's input, as ``call.centre(y, x)`` of
             :class:`chainer_deform.link_hooks.SamplingCall` says. If ``None`` and
@@ -101,14 +103,14 @@ def plot_sampling_points(
 
     """
     image = _displayed(image)
-    scale = numpy.asarray(scale, float)
-    if scale.shape not in ((), (2,)) or not (numpy.isfinite(scale) & (scale > 0)).all():
+    zoom = numpy.asarray(scale, float)
+    if zoom.shape not in ((), (2,)) or not (numpy.isfinite(zoom) & (zoom > 0)).all():
         raise ValueError(
-            f'scale must be a positive number or a pair of them, not {scale.tolist()}'
+            f'scale must be a positive number or a pair of them, not {zoom.tolist()}'
         )
-    input_size = image.shape[:2] / scale
+    input_size = image.shape[:2] / zoom
     sets, pixels, centres = _points_and_centres(points, pixels, centres, input_size)
-    sets = [_laid_over(array, scale) for array in sets]
+    sets = [_laid_over(array, zoom) for array in sets]
     every = numpy.concatenate([numpy.zeros((0, 2)), *sets])
     finite = every[numpy.isfinite(every).all(axis=1)]
     low, high = _limits(finite, image.shape[:2])
@@ -130,7 +132,7 @@ def plot_sampling_points(
             **look,
         )
         if centres is not None:
-            y, x = _laid_over(numpy.asarray(centres[i], float), scale)
+            y, x = _laid_over(numpy.asarray(centres[i], float), zoom)
             ax.scatter(x, y, s=90, marker='P', linewidths=0.7, zorder=4, **look)
     if pixels is not None:
         ax.legend(
@@ -150,8 +152,8 @@ def plot_sampling_points(
         xlabel='x (pixels)',
         ylabel='y (pixels)',
     )
-    notes = (farther_out, 'farther out'), (len(every) - len(finite), 'not finite')
-    notes = ', '.join(f'{count:,} {what}' for count, what in notes if count)
+    counts = (farther_out, 'farther out'), (len(every) - len(finite), 'not finite')
+    notes = ', '.join(f'{count:,} {what}' for count, what in counts if count)
     ax.set_title('Sampling points' + (f'\n{notes}' if notes else ''))
     return ax
 
@@ -354,11 +356,13 @@ def _points_and_centres(points, pixels, centres, input_size) -> tuple:
         if sets[0].ndim == 5:
             sets, pixels, places = _of_layer(sets[0], pixels, input_size)
             centres = places if centres is None else centres
+        elif sets[0].ndim == 4:
+            sets = _of_bins(sets[0], pixels)
     for array in sets:
         if array.ndim != 2 or array.shape[1] != 2:
             raise type_check.InvalidType(
-                'points.shape == (offset_groups, kh * kw, 2, out_h, out_w) or '
-                '(points, 2), or a list of the latter',
+                'points.shape == (offset_groups, kh * kw, 2, out_h, out_w), '
+                '(out_h, out_w, samples, 2) or (points, 2), or a list of the last',
                 f'points.shape == {array.shape}',
             )
     for name, value in ('pixels', pixels), ('centres', centres):
@@ -380,16 +384,33 @@ def _of_layer(points: numpy.ndarray, pixels, input_size) -> tuple:
     out_size = numpy.array(points.shape[3:])
     if pixels is None:
         pixels = [tuple((out_size // 2).tolist())]
+    _check_pixels(pixels, out_size)
+    # (offset_groups, taps, 2) -> (points, 2)
+    sets = [points[:, :, :, y, x].reshape(-1, 2) for y, x in pixels]
+    scale = input_size / out_size
+    return sets, pixels, [_laid_over(numpy.array(pixel), scale) for pixel in pixels]
+
+
+def _of_bins(points: numpy.ndarray, pixels) -> list[numpy.ndarray]:
+    """The samples of some of a box's bins, or of all."""
+    if points.shape[3] != 2:
+        raise type_check.InvalidType(
+            'points.shape == (out_h, out_w, samples, 2)',
+            f'points.shape == {points.shape}',
+        )
+    if pixels is None:
+        return [*points.reshape(-1, *points.shape[2:])]
+    _check_pixels(pixels, numpy.array(points.shape[:2]))
+    return [points[pixel] for pixel in pixels]
+
+
+def _check_pixels(pixels, out_size: numpy.ndarray) -> None:
     for pixel in pixels:
         if len(pixel) != 2 or (pixel >= out_size).any():
             raise ValueError(
                 f'pixels must be inside the output, {out_size[0]} by {out_size[1]} '
                 f'pixels, but one is {pixel}'
             )
-    # (offset_groups, taps, 2) -> (points, 2)
-    sets = [points[:, :, :, y, x].reshape(-1, 2) for y, x in pixels]
-    scale = input_size / out_size
-    return sets, pixels, [_laid_over(numpy.array(pixel), scale) for pixel in pixels]
 
 
 def _laid_over(points: numpy.ndarray, scale) -> numpy.ndarray:

@@ -154,7 +154,7 @@ def plot_curves(
 
     Args:
         logs: What LogReport has of each model.
-        measures: What to show of the test results: one or two keys of the log, and
+        measures: What to show of the test results: one to four keys of the log, and
             what to call them.
         ylabel: What these measures are.
 
@@ -164,7 +164,7 @@ def plot_curves(
     for number, (kind, log) in enumerate(logs.items()):
         epochs = [entry['epoch'] for entry in log]
         curves = [(left, 'main/loss', 'o-', kind)]
-        for style, (key, name) in zip(('o-', 's--'), measures.items()):
+        for style, (key, name) in zip(('o-', 's--', '^:', 'v-.'), measures.items()):
             curves.append((right, key, style, f'{kind}, {name}'))
         for axes, key, style, label in curves:
             y = [entry[key] for entry in log]

@@ -23,6 +23,7 @@ from chainer_deform.convert import (
 )
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
 from tests import torchvision_process
+from tests.processes import run_with_torch
 from tests.torchvision_process import CASES
 
 normal = chainer.initializers.Normal(0.3)
@@ -1079,29 +1080,11 @@ def save_case(case, link):
     return to_torchvision(link, mask_conv='mask_conv' if case.mask_conv else None)
 
 
-def run_torchvision(*arguments):
-    """Runs the script; skips the test where there is no torchvision."""
-    python = os.environ.get('TORCHVISION_PYTHON', '/usr/bin/python3')
-    script = pathlib.Path(torchvision_process.__file__)
-    environment = {**os.environ}
-    environment.pop('PYTHONPATH', None)
-    command = [python, str(script), *map(str, arguments)]
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=100
-        )
-    except OSError as error:
-        pytest.skip(f'{python}: {error.strerror}')
-    if process.returncode == torchvision_process.MISSING:
-        pytest.skip(f'{python}: {process.stderr.strip()}')
-    assert process.returncode == 0, process.stderr
-
-
 @pytest.fixture(scope='module')
 def theirs(tmp_path_factory):
     """Parameters, inputs and outputs of torchvision, by case."""
     path = tmp_path_factory.mktemp('torchvision') / 'made.npz'
-    run_torchvision('make', path)
+    run_with_torch(torchvision_process, 'make', path)
     return torchvision_process.read(path)
 
 
@@ -1129,7 +1112,9 @@ def ours(tmp_path_factory):
             arrays[f'{name}|state|{key}'] = array
     folder = tmp_path_factory.mktemp('torchvision')
     numpy.savez(folder / 'ours.npz', **arrays)
-    run_torchvision('run', folder / 'ours.npz', folder / 'theirs.npz')
+    run_with_torch(
+        torchvision_process, 'run', folder / 'ours.npz', folder / 'theirs.npz'
+    )
     with numpy.load(folder / 'theirs.npz') as archive:
         return {name: (outputs[name], archive[name]) for name in CASES}
 
@@ -1164,7 +1149,9 @@ def test_module_of_the_documentation(tmp_path):
     text = page.read_text(encoding='utf-8')
     (source,) = re.findall(r'^    class Block\(.*?(?=^\S)', text, re.M | re.S)
     (tmp_path / 'block.py').write_text(textwrap.dedent(source), encoding='utf-8')
-    run_torchvision('block', tmp_path / 'block.py', tmp_path / 'block.npz')
+    run_with_torch(
+        torchvision_process, 'block', tmp_path / 'block.py', tmp_path / 'block.npz'
+    )
     with numpy.load(tmp_path / 'block.npz') as archive:
         state = dict(archive)
     x, y = state.pop('x'), state.pop('y')

@@ -8,7 +8,12 @@ import pytest
 
 from chainer_deform import optimizer_hooks
 from chainer_deform.convert import deform_convolutions
-from chainer_deform.links import DeformableConvolution2D
+from chainer_deform.links import (
+    DCNv3,
+    DCNv4,
+    DeformableConvolution2D,
+    DeformablePSRoIPooling2D,
+)
 
 
 def images(*shape):
@@ -186,6 +191,19 @@ def test_resnet():
     numpy.testing.assert_allclose(after.array, before.array, atol=1e-5 * scale)
 
 
+def test_layers_that_are_deformable_stay_as_they_are():
+    layers = [
+        DeformableConvolution2D(3, 4, 3),
+        DCNv3(4, 4, dw_ksize=3),
+        DCNv4(4, 4, dw_ksize=3, center_scale=True),
+        DeformablePSRoIPooling2D(4, 2, 1.0, 2),
+    ]
+    model = chainer.ChainList(*layers, L.Convolution2D(3, 4, 3))
+    inside = [[id(link) for link in layer.links()] for layer in layers]
+    assert list(deform_convolutions(model, '*')) == ['4']
+    assert [[id(link) for link in layer.links()] for layer in layers] == inside
+
+
 class Shared(chainer.Chain):
     def __init__(self):
         super().__init__()
@@ -232,6 +250,8 @@ def test_errors_change_nothing(which, options, error, message):
         (Shared(), "'a' is shared: the model has it under the paths a, b"),
         (chainer.Sequential(DeformableConvolution2D(3, 3, 3)), 'has none'),
         (L.Convolution2D(3, 3, 3), 'has none'),
+        (DeformableConvolution2D(3, 3, 3), 'has none'),
+        (DCNv3(4, 4), 'has none'),
     ],
 )
 def test_other_links(model, message):

@@ -7,9 +7,9 @@ import pytest
 from chainer.utils import type_check
 
 from chainer_deform import receptive_points, sampling_locations
-from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform.functions import dcn_v3_2d, deformable_convolution_2d_sampler
 from chainer_deform.link_hooks import SamplingHook
-from chainer_deform.links import DeformableConvolution2D
+from chainer_deform.links import DeformableConvolution2D, DeformableRoIPooling2D
 from tests.cases import CASES, Case
 
 
@@ -39,6 +39,39 @@ def test_agrees_with_loops(case):
     points = sampling_locations(offset, **options_of(case))
     assert points.dtype == offset.dtype
     numpy.testing.assert_array_equal(points, naive_locations(offset, case))
+
+
+@pytest.mark.parametrize('remove_center', [True, False])
+def test_scaled_kernels(remove_center):
+    """A tap alone reads its own place from images of their rows and columns."""
+    options = {
+        'ksize': 3,
+        'stride': (2, 1),
+        'pad': (0, 1),
+        'dilate': (1, 2),
+        'offset_groups': 2,
+        'offset_scale': 1.5,
+        'remove_center': remove_center,
+    }
+    taps = 9 - remove_center
+    random = numpy.random.RandomState(0)
+    offset = random.uniform(-1, 1, (1, 2 * 2 * taps, 5, 10))
+    points = sampling_locations(offset, **options)
+    assert points.shape == (1, 2, taps, 2, 5, 10)
+    x = numpy.tile(numpy.indices((12, 12)).astype(float), (2, 1, 1))[None]
+    inside = ((points >= 0) & (points <= 11)).all(axis=3)
+    assert inside.mean() > 0.6
+    for tap in range(taps):
+        mask = numpy.zeros((1, 2 * taps, 5, 10))
+        mask[:, tap::taps] = 1
+        y = dcn_v3_2d(x, offset, mask, **options).array.reshape(2, 2, 5, 10)
+        difference = (y - points[0, :, tap]) * inside[0, :, tap, None]
+        assert abs(difference).max() < 1e-12
+
+
+def test_kernel_without_a_centre_to_remove():
+    with pytest.raises(ValueError, match='^ksize must be square, odd and at least'):
+        sampling_locations(numpy.zeros((1, 16, 2, 2)), (3, 5), remove_center=True)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +329,14 @@ def test_bad_arguments_of_receptive_points(layers, y, x, error, message):
     }.get(str(layers), layers)
     with pytest.raises(error, match=message):
         receptive_points(layers, y, x)
+
+
+def test_receptive_points_of_boxes():
+    layer = DeformableRoIPooling2D(1, 2, 1.0, 2, fc_size=2)
+    with SamplingHook(layer) as hook:
+        layer(numpy.ones((1, 1, 4, 5), 'f'), numpy.ones((1, 4), 'f'), numpy.array([0]))
+    with pytest.raises(TypeError, match=r'layers\[0\] must be a call of a convolution'):
+        receptive_points(hook.calls, 0, 0)
 
 
 @pytest.mark.gpu

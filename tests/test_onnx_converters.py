@@ -16,8 +16,7 @@ import chainer.functions as F
 import numpy
 import pytest
 
-from chainer_deform import _onnx_converters
-from chainer_deform.functions import deformable_convolution_2d_sampler
+from chainer_deform import _onnx_converters, functions
 from chainer_deform.onnx_export import export
 from tests.cases import assert_close
 
@@ -25,7 +24,7 @@ pytest.importorskip('onnx', '1.14', 'onnx has DeformConv from 1.14 on')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 #: Sizes that an export leaves open: those of its example, and those of the run.
-OPEN = {'n': (1, 3), 'h': (6, 9), 'w': (8, 11)}
+OPEN = {'n': (1, 3), 'h': (6, 9), 'w': (8, 11), 'q': (4, 6), 'R': (2, 5)}
 
 
 class Input:
@@ -45,10 +44,19 @@ class Input:
         )
 
 
+class Boxes(Input):
+    """Boxes whose first corner is before the second."""
+
+    def array(self, run):
+        boxes = super().array(run).reshape(-1, 2, 2)
+        return numpy.sort(boxes, axis=1).reshape(-1, 4)
+
+
 class Call:
     """A call of a function, with what is expected of its export.
 
-    ``opset_version`` is the newest that onnxruntime has of it.
+    ``opset_version`` is the newest that onnxruntime has of it, ``first`` the first that
+    the standard has.
     """
 
     def __init__(
@@ -59,11 +67,12 @@ class Call:
         warns=None,
         tol=1,
         opset_version=22,
+        first=16,
         **options,
     ):
         self.function, self.inputs, self.options = function, inputs, options
         self.refused, self.warns, self.tol = refused, warns, tol
-        self.opset_version = opset_version
+        self.opset_version, self.first = opset_version, first
 
     def __repr__(self):
         name = self.function
@@ -80,10 +89,15 @@ class Call:
             def forward(model, *inputs):
                 function = self.function
                 if isinstance(function, str):
-                    function = getattr(F, function)
+                    function = known(function)
                 return function(*inputs, **self.options)
 
         return Model()
+
+
+def known(name):
+    """A function of Chainer's or of ours."""
+    return getattr(F, name, None) or getattr(functions, name)
 
 
 def short(value):
@@ -200,15 +214,182 @@ def roi_pooling(x, boxes, **options):
 
 CONDITION = numpy.random.RandomState(2).rand(4, 6, 8) > 0.5
 
+#: Boxes of images of 6 by 8 or 9 by 11 pixels at a scale of 0.2, some beyond them.
+BOXES = Boxes('R', 4, low=0.0, high=60.0)
+#: What the newest opset has of RoiAlign, onnxruntime 1.32 has not.
+ROI_ALIGN = {'opset_version': 21}
+
+
+INDICES = numpy.zeros(2, 'i')
+OFFSET = numpy.ones((2, 2, 3, 2), 'f')
+
+
+def boxes_of(n):
+    return Input('R', dtype='int32', low=0, high=n)
+
+
+def sampled_sum(dtype, **options):
+    return Call(
+        'sampled_sum_2d',
+        Input('n', 6, 'h', 'w', dtype=dtype),
+        Input('q', 3, 5, 2, low=-3.0, high=9.0),
+        Input('q', 3, 5),
+        **options,
+    )
+
+
+def attention(shapes, dtype='float32', **options):
+    def attend(value, *points):
+        return functions.multi_scale_deformable_attention(value, shapes, *points)
+
+    return Call(
+        attend,
+        Input('n', 30, 2, 4, dtype=dtype),
+        Input('n', 'q', 2, 2, 3, 2, low=-0.3, high=1.3),
+        Input('n', 'q', 2, 2, 3),
+        **options,
+    )
+
+
+def dcn_v3(taps, size=('h', 'w'), *, groups=1, dtype='float32', **options):
+    x_size = size if 'h' in size else (6, 8)
+    return Call(
+        'dcn_v3_2d',
+        Input('n', 4, *x_size, dtype=dtype),
+        Input('n', 2 * groups * taps, *size),
+        Input('n', groups * taps, *size),
+        offset_groups=groups,
+        **options,
+    )
+
+
+def roi_align(dtype='float32', offset_dtype='float32', **options):
+    return Call(
+        'deformable_roi_average_align_2d',
+        Input(2, 4, 'h', 'w', dtype=dtype),
+        BOXES,
+        boxes_of(2),
+        Input('R', 2, 3, 2, dtype=offset_dtype),
+        outsize=(3, 2),
+        spatial_scale=0.2,
+        **options,
+        **ROI_ALIGN,
+    )
+
+
+def ps_roi_pooling(*offset, dtype='float32', **options):
+    return Call(
+        'deformable_ps_roi_average_pooling_2d',
+        Input(2, 36, 'h', 'w', dtype=dtype),
+        BOXES,
+        boxes_of(2),
+        *offset,
+        outsize=(4, 5),
+        spatial_scale=0.2,
+        group_size=3,
+        **options,
+        **ROI_ALIGN,
+    )
+
+
 CALLS = {
     'DeformableConvolution2DSampler': [
         Call(
-            deformable_convolution_2d_sampler,
+            functions.deformable_convolution_2d_sampler,
             Input('n', 4, 'h', 'w'),
             Input('n', 18, 'h', 'w'),
             weights(6, 4, 3, 3),
             Input(6),
             pad=1,
+            first=19,
+        ),
+    ],
+    'SampledSum2D': [
+        *(sampled_sum('float32') for _ in range(3)),  # for each opset
+        sampled_sum('float16'),
+        sampled_sum('float64', first=20),
+        sampled_sum('float32', border='clamp', **ROI_ALIGN),
+        sampled_sum('float16', border='clamp', **ROI_ALIGN),
+        sampled_sum('float64', border='clamp', **ROI_ALIGN),
+        *(
+            Call(
+                'sampled_sum_2d',
+                Input(3, 2, 'h', 'w'),
+                Input(4, 1, 5, 2, low=-3.0, high=9.0),
+                Input(4, 1, 5),
+                indices=numpy.array([2, 0, 0, 2]),
+                border=border,
+                **ROI_ALIGN,
+            )
+            for border in ('zero', 'clamp')
+        ),
+        Call(
+            'sampled_sum_2d',
+            Input(3, 2, 6, 8),
+            Input(4, 1, 5, 2),
+            Input(4, 1, 5),
+            Input(4, dtype='int32', low=0, high=3),
+            refused=r'functions\.sampled_sum_2d gets numbers that .* values of its in',
+        ),
+    ],
+    'dcn_v3_2d': [
+        *(dcn_v3(9, ksize=3, pad=1) for _ in range(3)),
+        dcn_v3(6, (7, 8), ksize=(2, 3), pad=1, groups=2),
+        dcn_v3(9, (3, 3), ksize=3, stride=(2, 3), pad=(1, 2), dilate=(1, 2)),
+        dcn_v3(6, ksize=(3, 2), pad=(2, 1), dilate=2, groups=4),
+        dcn_v3(8, ksize=3, pad=1, offset_scale=1.5, remove_center=True),
+        dcn_v3(1, ksize=1, dtype='float16'),
+        dcn_v3(4, ksize=2, dilate=2, pad=1, dtype='float64', first=20),
+    ],
+    'multi_scale_deformable_attention': [
+        *(attention([(4, 6), (2, 3)]) for _ in range(3)),
+        attention([(29, 1), (1, 1)], 'float16'),
+        attention([(5, 4), (5, 2)], 'float64', first=20),
+    ],
+    'deformable_ps_roi_average_pooling_2d': [
+        *(ps_roi_pooling(Input('R', 2, 4, 5)) for _ in range(2)),
+        ps_roi_pooling(offset=None),
+        ps_roi_pooling(
+            Input('R', 4, 3, 2), part_size=(3, 2), sampling_ratio=(3, 2), gamma=0.2
+        ),
+        ps_roi_pooling(Input('R', 8, 5, 6), part_size=(5, 6), dtype='float16'),
+        ps_roi_pooling(Input('R', 2, 4, 5), dtype='float64'),
+    ],
+    'deformable_roi_average_align_2d': [
+        *(roi_align(sampling_ratio=2) for _ in range(2)),
+        *(roi_align() for _ in range(2)),
+        roi_align(sampling_ratio=(2, 3), gamma=0.3),
+        roi_align(sampling_ratio=(None, 3), aligned=False),
+        roi_align(sampling_ratio=1, aligned=False),
+        roi_align('float16', 'float16'),
+        roi_align('float64', sampling_ratio=3),
+        # A layer that has no offsets yet.
+        Call(
+            lambda x, boxes, indices: functions.deformable_roi_average_align_2d(
+                x, boxes, indices, numpy.zeros((len(boxes), 2, 3, 2), 'f'), (3, 2), 0.2
+            ),
+            Input(2, 4, 'h', 'w'),
+            BOXES,
+            boxes_of(2),
+            **ROI_ALIGN,
+        ),
+        Call(
+            lambda x, boxes: functions.deformable_roi_average_align_2d(
+                x, boxes, INDICES, OFFSET, (3, 2), 0.2, 2
+            ),
+            Input(1, 4, 'h', 'w'),
+            Boxes(2, 4, low=0.0, high=60.0),
+            **ROI_ALIGN,
+        ),
+        Call(
+            lambda x, boxes, indices, offset: functions.deformable_roi_average_align_2d(
+                x, boxes.array, indices, offset, (3, 2), 0.2, 2
+            ),
+            Input(2, 4, 'h', 'w'),
+            BOXES,
+            boxes_of(2),
+            Input('R', 2, 3, 2),
+            refused=r'functions\.deformable_roi_average_align_2d gets numbers that',
         ),
     ],
     # Activation functions.
@@ -409,8 +590,14 @@ CALLS = {
     + [
         operator('F.reshape(x, (*x.shape[:2], -1))', HW),
         operator('F.reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3]))', HW),
+        operator('F.reshape(x, (x.shape[0], 2, 2, *x.shape[2:]))', HW),
+        operator('F.reshape(x, (2 * x.shape[0], -1, *x.shape[2:]))', HW),
+        operator('F.reshape(x, (4 * x.shape[0], *x.shape[2:]))', HW),
+        operator('F.reshape(x, (-1, 4, 1, x.shape[3]))', HW),
         operator(
-            'F.reshape(x, (x.shape[0], 2, 2, *x.shape[2:]))', HW, warns='F.reshape'
+            'F.reshape(x, (x.shape[0], 4, x.shape[2] // 2, 2, x.shape[3]))',
+            HW,
+            warns='F.reshape',
         ),
         operator('F.flatten(x)', HW),
         operator('F.reshape(x, (1, -1, 6, 8))', X, warns='F.reshape'),
@@ -717,6 +904,7 @@ CALLS = {
     'Cos': elementwise('cos', UNIT),
     'Cosh': elementwise('cosh', UNIT),
     'Div': [operator('x / y', X, POSITIVE), operator('x / y', X, Input(6, 1, low=0.5))],
+    'Erf': elementwise('erf'),
     'Exp': elementwise('exp', UNIT),
     'Identity': [operator('F.identity(x)', X), operator('F.identity(x, y)', X, ROWS)],
     'LinearInterpolate': [
@@ -995,7 +1183,9 @@ def run(exported, inputs):
     ('call', 'opset_version'),
     [
         pytest.param(
-            call, min(call.opset_version, (19, 22)[i % 2]), id=f'{name}: {call}'
+            call,
+            max(call.first, min(call.opset_version, (16, 19, 22)[i % 3])),
+            id=f'{name}: {call}',
         )
         for i, (name, call) in enumerate(ALL)
     ],
@@ -1042,7 +1232,7 @@ def test_every_option_is_swept(name):
     calls = [call for call in CALLS[name] if isinstance(call.function, str)]
     given, options = set(), {}
     for call in calls:
-        parameters = inspect.signature(getattr(F, call.function)).parameters
+        parameters = inspect.signature(known(call.function)).parameters
         for i, parameter in enumerate(parameters.values()):
             if parameter.kind is parameter.VAR_KEYWORD:
                 continue

@@ -15,7 +15,8 @@ import numpy
 import pytest
 
 import chainer_deform
-from chainer_deform import onnx_export
+from chainer_deform import functions, onnx_export
+from chainer_deform import links as ours
 from chainer_deform.functions import deformable_convolution_2d_sampler
 from chainer_deform.links import DeformableConvolution2D
 from chainer_deform.onnx_export import export
@@ -418,6 +419,143 @@ def test_points_outside(far, axis):
     numpy.testing.assert_array_equal(y, expected)
 
 
+#: Layers of the other operators, with the shapes of their inputs.
+OTHER_LAYERS = {
+    'DCNv3': (
+        lambda: ours.DCNv3(4, 6, 3, 2, offset_groups=2, center_scale=True),
+        [('n', 4, 9, 11)],
+    ),
+    'DCNv4': (
+        lambda: ours.DCNv4(4, 6, 3, offset_groups=2, center_scale=True, dw_ksize=3),
+        [('n', 4, 'h', 'w')],
+    ),
+    'DeformableRoIPooling2D': (
+        lambda: ours.DeformableRoIPooling2D(4, (3, 2), 0.2, modulated=True, fc_size=8),
+        [('n', 4, 'h', 'w'), ('R', 4), ('R',)],
+    ),
+    'DeformablePSRoIPooling2D': (
+        lambda: ours.DeformablePSRoIPooling2D(36, 3, 0.2, 3, part_size=2, classes=2),
+        [('n', 36, 'h', 'w'), ('R', 4), ('R',)],
+    ),
+    'MultiScaleDeformableAttention': (
+        lambda: ours.MultiScaleDeformableAttention(4, 6, levels=2, heads=2, points=3),
+        [('n', 5, 4), ('n', 5, 2, 2), ('n', 30, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OTHER_LAYERS)
+def test_layers_of_other_operators(name):
+    """With another batch, number of boxes and size of images than they came with."""
+    make, shapes = OTHER_LAYERS[name]
+    layer = make()
+    randomize(layer)
+    shape_arguments = [[(4, 6), (2, 3)]] if 'Attention' in name else []
+    model = Model(
+        lambda model, *args: model.layer(*args, *shape_arguments), layer=layer
+    )
+    exported = export(model, arrays_of(shapes, 0), input_shapes=shapes)
+    args = arrays_of(shapes, 1)
+    (y,) = run_in_onnxruntime(exported, *args)
+    expected = predict(lambda args: model(*args), args).array
+    assert numpy.ptp(expected) > 0.1
+    assert_close(y, expected, 'y')
+
+
+def arrays_of(shapes, run):
+    random = numpy.random.RandomState(run)
+    sizes = {'n': (2, 3), 'h': (9, 8), 'w': (11, 13), 'R': (3, 5)}
+    arrays = []
+    for shape in shapes:
+        shape = tuple(sizes[size][run] if size in sizes else size for size in shape)
+        if len(shape) == 1:  # of which image a box is
+            arrays.append(random.randint(0, 2, shape).astype('i'))
+        elif len(shape) == 2:
+            corners = random.uniform(0, 60, (shape[0], 2, 2)).astype('f')
+            arrays.append(numpy.sort(corners, axis=1).reshape(shape))
+        else:
+            arrays.append(random.uniform(-1, 1, shape).astype('f'))
+    return arrays
+
+
+def sum_at(border):
+    return lambda model, x, points, weights: functions.sampled_sum_2d(
+        x, points, weights, border=border
+    )
+
+
+@pytest.mark.parametrize('border', ['zero', 'clamp'])
+@pytest.mark.parametrize('far', [-1, 4, 1e10, -1e30, numpy.inf, -numpy.inf, numpy.nan])
+@pytest.mark.parametrize('axis', [0, 1])
+def test_points_of_sums_outside(border, far, axis):
+    """Exactly at -1 and the image's side as well; NaN gives 0, not NaN."""
+    x = 2 + image(1, 1, 4, 4)
+    points = numpy.ones((2, 1, 1, 2), 'f')
+    points[0, ..., axis] = far
+    weights = numpy.ones((2, 1, 1), 'f')
+    model = Model(sum_at(border))
+    exported = export(model, [x, numpy.ones_like(points), weights])
+    (y,) = run_in_onnxruntime(exported, x, points, weights)
+    expected = numpy.nan_to_num(model(x, points, weights).array)
+    inside = border == 'clamp' and far in (-1, 4)
+    assert (expected[0, 0] != 0) == inside
+    assert_close(y, expected, 'y')
+
+
+@pytest.mark.parametrize('value', [1e30, numpy.inf, numpy.nan])
+@pytest.mark.parametrize('ratio', [2, None])
+def test_offsets_of_boxes_that_are_no_place(value, ratio):
+    x, boxes = 2 + image(1, 1, 6, 6), numpy.array([[0, 0, 5, 5]], 'f')
+    indices, offset = numpy.zeros(1, 'i'), numpy.zeros((1, 2, 2, 2), 'f')
+    model = Model(
+        lambda model, *args: functions.deformable_roi_average_align_2d(
+            *args, 2, 1.0, ratio
+        )
+    )
+    exported = export(model, [x, boxes, indices, offset])
+    offset[0, 1, 0, 1] = value
+    (y,) = run_in_onnxruntime(exported, x, boxes, indices, offset)
+    expected = numpy.nan_to_num(model(x, boxes, indices, offset).array)
+    assert expected[0, 0, 0, 1] == 0
+    assert_close(y, expected, 'y')
+
+
+def test_no_boxes():
+    model = Model(
+        lambda model, *args: functions.deformable_roi_average_align_2d(
+            *args, (3, 2), 0.2
+        )
+    )
+    shapes = [(2, 4, 9, 11), ('R', 4), ('R',), ('R', 2, 3, 2)]
+    exported = export(model, arrays_of(shapes, 0), input_shapes=shapes)
+    x, *others = arrays_of(shapes, 1)
+    (y,) = run_in_onnxruntime(exported, x, *(array[:0] for array in others))
+    assert y.shape == (0, 4, 3, 2)
+
+
+def test_halves_of_boxes_are_rounded_away_from_zero():
+    x, indices = image(1, 4, 9, 9), numpy.zeros(2, 'i')
+    boxes = numpy.array([[0.5, 1.5, 5.5, 2.5], [-0.5, -1.5, 3.4999998, 2.51]], 'f')
+    model = Model(
+        lambda model, *args: functions.deformable_ps_roi_average_pooling_2d(
+            *args, None, 2, 1.0, 2
+        )
+    )
+    (y,) = run_in_onnxruntime(export(model, [x, 0 * boxes, indices]), x, boxes, indices)
+    assert_close(y, model(x, boxes, indices).array, 'y')
+
+
+@pytest.mark.parametrize('opset_version', [16, 18])
+def test_opsets_without_deformable_convolution(opset_version):
+    layer = DeformableConvolution2D(3, 8, 3)
+    message = (
+        rf'opset_version {opset_version}: F\.deformable_convolution_2d_sampler needs '
+        'DeformConv, which is in opset 19 and later'
+    )
+    with pytest.raises(ValueError, match=message):
+        export(layer, image(2, 3, 6, 7), opset_version=opset_version)
+
+
 def test_file(tmp_path):
     layer = DeformableConvolution2D(3, 8, 3)
     path = tmp_path / 'model.onnx'
@@ -474,6 +612,14 @@ def test_models_of_more_bytes_than_a_file_can_have(monkeypatch):
         export(layer, x)
 
 
+def gradient_of_a_function(model, x):
+    x = chainer.Variable(x.array)
+    mask = chainer.Variable(numpy.ones((2, 1, 6, 7), 'f'))
+    y = functions.dcn_v3_2d(x, numpy.zeros((2, 2, 6, 7), 'f'), mask, 1)
+    (gx,) = chainer.grad([F.sum(y)], [x], enable_double_backprop=True)
+    return gx
+
+
 def gradient_of_a_layer(model, x):
     x = chainer.Variable(x.array)
     (gx,) = chainer.grad([F.sum(model.layer(x))], [x], enable_double_backprop=True)
@@ -487,6 +633,10 @@ def gradient_of_a_layer(model, x):
         (
             gradient_of_a_layer,
             r'of the gradient of F\.deformable_convolution_2d_sampler, for which',
+        ),
+        (
+            gradient_of_a_function,
+            r'of the gradient of functions\.dcn_v3_2d, for which there is no operator',
         ),
     ],
 )
@@ -515,9 +665,9 @@ def test_chainers_own_layer_has_to_be_patched():
     ('options', 'error', 'message'),
     [
         (
-            {'opset_version': 18},
+            {'opset_version': 15},
             ValueError,
-            'opset_version must be at least 19, not 18',
+            'opset_version must be at least 16, not 15',
         ),
         ({'opset_version': 999}, ValueError, rf'at most {NEWEST_OPSET}, .*, not 999'),
         ({'opset_version': '19'}, TypeError, "opset_version must be an int, not '19'"),

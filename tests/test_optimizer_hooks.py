@@ -106,3 +106,13 @@ def test_impossible_factor(factor):
 def test_no_optimizer():
     with pytest.raises(ValueError, match=r'call optimizer\.setup'):
         scale_updates(make_layer().offset_conv, 0.1)
+
+
+def test_the_hooks_repr_is_short():
+    layer = make_layer()
+    chainer.optimizers.SGD(0.01).setup(layer)
+    scale_updates(layer.offset_conv, 0.5)
+    hooks = layer.offset_conv.W.update_rule._hookable._pre_update_hooks
+    assert repr(hooks['scale_updates_pre']) == (
+        '<bound method _UpdateScale.before of scale_updates(0.5)>'
+    )

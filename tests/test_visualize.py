@@ -88,6 +88,20 @@ def test_plain_points(ax, several):
     assert ax.get_legend() is None
 
 
+@pytest.mark.parametrize('pixels', [None, [(2, 0), (0, 1)]])
+def test_bins_of_a_box(ax, pixels):
+    points = random.uniform(0, 6, (3, 2, 4, 2)).astype('f')
+    plot_sampling_points(image, points, pixels, scale=4, ax=ax)
+    artists = scatters(ax)
+    drawn = [*numpy.ndindex(3, 2)] if pixels is None else pixels
+    assert len(artists) == len(drawn)
+    for (found, _), pixel in zip(artists, drawn):
+        numpy.testing.assert_allclose(found, points[pixel] * 4 + 1.5, rtol=1e-5)
+    legend = ax.get_legend()
+    texts = [] if legend is None else [t.get_text() for t in legend.get_texts()]
+    assert texts == ([] if pixels is None else ['2, 0', '0, 1'])
+
+
 def test_axes(ax):
     plot_sampling_points(image, numpy.array([[5, 6.0]]), ax=ax)
     assert ax.get_xlim() == (-0.5, 29.5)
@@ -203,6 +217,11 @@ def test_narrow_images(ax, shape):
         ({'points': numpy.zeros((3, 3))}, type_check.InvalidType, r'== \(3, 3\)'),
         ({'points': locations[None]}, type_check.InvalidType, r'\(1, 2, 6, 2, 6, 10\)'),
         ({'points': offset}, type_check.InvalidType, r'== \(1, 24, 6, 10\)'),
+        (
+            {'points': numpy.zeros((3, 2, 4, 2)), 'pixels': [(3, 0)]},
+            ValueError,
+            r'the output, 3 by 2 pixels, but one is \(3, 0\)',
+        ),
         ({'pixels': [(6, 0)]}, ValueError, r'6 by 10 pixels, but one is \(6, 0\)'),
         ({'pixels': []}, ValueError, 'pixels must have at least one pair'),
         ({'pixels': [(0, -1)]}, ValueError, 'pixels must be at least 0'),

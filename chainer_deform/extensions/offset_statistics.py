@@ -10,8 +10,12 @@ import chainer
 import numpy
 from chainer import backend, training
 
-from chainer_deform.link_hooks import named_layers, sampling_call, warn_of_unseen
-from chainer_deform.locations import outside
+from chainer_deform.link_hooks import (
+    Recorder,
+    described,
+    named_layers,
+    warn_of_unseen,
+)
 
 
 class OffsetStatistics(training.Extension):
@@ -24,11 +28,12 @@ class OffsetStatistics(training.Extension):
     name of the optimizer, ``main`` if there is one, and the layer's path in its model:
 
     - ``main/predictor/conv/offset_mean``: mean length of the offsets ``(y, x)``, in
-      pixels of the layer's input,
+      pixels of the layer's input: how far they move points or, in RoI pooling, bins;
+      in attention, how far the points are from their reference,
     - ``main/predictor/conv/offset_max``: the largest length,
     - ``main/predictor/conv/points_outside``: share of the sampling points that lie at
       or beyond -1 or the side of the layer's input, where they read zeros, infinite
-      ones among them,
+      ones among them; in RoI pooling, of those that are not read,
     - ``main/predictor/conv/offsets_not_finite``: share of the offsets that are infinite
       or NaN.
 
@@ -101,6 +106,9 @@ class OffsetStatistics(training.Extension):
         self._warn_above = warn_above
         self._hooks: dict[str, _Measure] = {}
         self._resumed: dict[str, list[float]] = {}
+
+    def __repr__(self) -> str:
+        return described(self, warn_above=self._warn_above, layers=list(self._hooks))
 
     def initialize(self, trainer: training.Trainer) -> None:
         self._remove_hooks()  # of a run that another extension kept from starting
@@ -189,26 +197,37 @@ class _Measure(chainer.LinkHook):
     def __init__(self, key: str, link: chainer.Link, warn_above: float | None) -> None:
         self.name = f'OffsetStatistics {id(self)}'  # two trainers may have the model
         self.link = link
-        self.totals = self.nothing
+        self.totals: tuple | list = self.nothing
         self._key = key
         self._warn_above = warn_above
         self._warned = False
         self._x_size = 0, 0  # the largest
+        self._recorder = Recorder()
+
+    def __repr__(self) -> str:
+        return f'OffsetStatistics of {self._key!r}'
 
     def __reduce__(self):
         return chainer.LinkHook, ()  # a copy of the model is not measured
 
-    def forward_postprocess(self, args) -> None:
+    def forward_preprocess(self, args) -> None:
         # A shallow copy of the link, on another GPU say, shares its hooks.
+        if chainer.config.train and args.link is self.link:
+            self._recorder.start(args.link)
+
+    def forward_postprocess(self, args) -> None:
         if not chainer.config.train or args.link is not self.link:
             return
-        call = sampling_call(args, self._key)
-        if not call.offset.size:
+        call = self._recorder.sampling_call(args, self._key)
+        if call is None:
             return
-        self._x_size = max(self._x_size, call.x_shape[2:], key=max)
-        xp = backend.get_array_module(call.offset)
         with numpy.errstate(all='ignore'), chainer.using_device(self.link.device):
-            new = self._measure(xp, call)
+            moves = call.moves()
+            if not moves[0].size:
+                return
+            self._x_size = max(self._x_size, call.x_size, key=max)
+            xp = backend.get_array_module(moves[0])
+            new = self._measure(xp, call, *moves)
             count, finite, total, largest, outside_count = self.totals
             self.totals = (
                 count + new[0],
@@ -220,11 +239,7 @@ class _Measure(chainer.LinkHook):
         if xp is numpy:
             self.warn()
 
-    def _measure(self, xp, call) -> tuple:
-        points = call.locations()
-        # (n, offset groups, x or y, points)
-        offset = call.offset.reshape(len(points), points.shape[1], 2, -1)
-        x, y = offset.astype(points.dtype, copy=False).swapaxes(0, 2)
+    def _measure(self, xp, call, y, x) -> tuple:
         length = xp.sqrt(x * x + y * y)  # hypot takes five times as long
         finite = xp.isfinite(length)
         length = xp.where(finite, length, 0)
@@ -233,7 +248,7 @@ class _Measure(chainer.LinkHook):
             xp.count_nonzero(finite),
             length.sum(dtype=numpy.float64),
             length.max(),
-            xp.count_nonzero(outside(points, call.x_shape[2:], axis=3)),
+            call.outside().sum(),
         )
 
     def warn(self) -> None:
@@ -256,9 +271,13 @@ class _Measure(chainer.LinkHook):
             f'{self._x_size[0]} x {self._x_size[1]} pixels. Points outside it read '
             'zeros and get no gradient, so they stay there. To have what predicts the '
             'offsets learn more slowly: '
-            'chainer_deform.optimizer_hooks.scale_updates(layer.offset_conv, 0.1)',
+            'chainer_deform.optimizer_hooks.scale_updates('
+            f'layer.{self._predictor()}, 0.1)',
             stacklevel=2,
         )
+
+    def _predictor(self) -> str:
+        return 'offset_fc' if hasattr(self.link, 'offset_fc') else 'offset_conv'
 
     def report(self) -> dict:
         """What is reported, by key; starts anew."""

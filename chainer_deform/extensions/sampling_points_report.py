@@ -18,7 +18,9 @@ from chainer_deform import visualize
 from chainer_deform._checks import integer
 from chainer_deform._files import replacing
 from chainer_deform.link_hooks import (
+    OUR_CONVOLUTIONS,
     SamplingCall,
+    described,
     hook_on,
     named_layers,
     warn_of_unseen,
@@ -51,8 +53,9 @@ class SamplingPointsReport(training.Extension):
     written, as on a full disk, a warning says so, once in a training, and the next one
     is tried again.
 
-    Where there is no deformable layer, nothing is written, and a warning says so when
-    the training starts; so it does of layers of Chainer's own class, which are not
+    RoI pooling and attention, whose points belong to boxes and queries, are not drawn.
+    Where there is no deformable convolution, nothing is written, and a warning says so
+    when the training starts; so it does of layers of Chainer's own class, which are not
     drawn: call :func:`chainer_deform.patch_chainer` before the model is built. Where
     there is no Matplotlib, a warning says so when the extension is made, and it does
     nothing.
@@ -74,12 +77,14 @@ class SamplingPointsReport(training.Extension):
             with the trainer as the one of :func:`chainer.training.extensions.snapshot`
             is. Its ending is the format, one of Matplotlib's. The picture appears there
             when it is complete.
+        labels (sequence of str): What each image is, for the titles of its row. If
+            ``None``, they have the name of the layer alone.
 
     Raises:
         TypeError, ValueError: An argument is of the wrong kind, a pixel is outside,
-            Matplotlib cannot write the format, a trainer has no such attribute as
-            ``filename`` names, or, when the training starts, there is no target, or the
-            updater has no such attribute.
+            there are more or fewer labels than images, Matplotlib cannot write the
+            format, a trainer has no such attribute as ``filename`` names, or, when the
+            training starts, there is no target, or the updater has no such attribute.
         chainer.utils.type_check.InvalidType: The images do not have the shape.
 
     .. seealso:: :func:`chainer_deform.visualize.plot_sampling_points`
@@ -104,8 +109,14 @@ class SamplingPointsReport(training.Extension):
         *,
         target: chainer.Link | None = None,
         filename: str = 'sampling_points_epoch_{.updater.epoch}.png',
+        labels: Sequence[str] | None = None,
     ) -> None:
         self._images = _batch(images)
+        if labels is not None and len(labels) != len(self._images):
+            raise ValueError(
+                f'labels must be {len(self._images)}, as many as images, not {labels!r}'
+            )
+        self._labels = labels
         self._pixels = _image_pixels(pixels, self._images.shape[2:])
         self._target = target
         self._filename = filename
@@ -122,13 +133,24 @@ class SamplingPointsReport(training.Extension):
                 stacklevel=2,
             )
 
+    def __repr__(self) -> str:
+        return described(
+            self,
+            images=self._images,
+            pixels=self._pixels,
+            target=self._target,
+            filename=self._filename,
+        )
+
     def initialize(self, trainer: training.Trainer) -> None:
         self._warned = False
         target = self._target_of(trainer)  # no target is an error before the training
         # A placeholder may name a value that is reported only later.
         _check_placeholders(self._filename, trainer, ignored=(IndexError, KeyError))
         if self._available:
-            warn_of_unseen('SamplingPointsReport', {'': target})
+            warn_of_unseen(
+                'SamplingPointsReport', {'': target}, classes=OUR_CONVOLUTIONS
+            )
 
     def __call__(self, trainer: training.Trainer) -> None:
         if not self._available:
@@ -168,7 +190,7 @@ class SamplingPointsReport(training.Extension):
 
     def _run(self, target: chainer.Link, trainer) -> list[SamplingCall]:
         """The calls of the deformable layers for the images; leaves no trace."""
-        layers = named_layers(target)
+        layers = named_layers(target, OUR_CONVOLUTIONS)
         if not layers:
             return []
         hook = hook_on(layers)
@@ -194,6 +216,7 @@ class SamplingPointsReport(training.Extension):
         figure = Figure((columns * width, len(images) * height), layout='constrained')
         axes = figure.subplots(len(images), columns, squeeze=False)
         for i, row in enumerate(axes):
+            label = '' if self._labels is None else f'{self._labels[i]}: '
             for call, array, ax in zip(calls, points, row):
                 pixels = _output_pixels(self._pixels, size, call.offset.shape[2:])
                 _draw_panel(
@@ -202,12 +225,12 @@ class SamplingPointsReport(training.Extension):
                     pixels,
                     [call.centre(*pixel) for pixel in pixels],
                     size / call.x_shape[2:],
-                    call.name,
+                    label + call.name,
                     ax,
                 )
             if columns > len(calls):  # pixels are those of the last layer
                 layers = [array[i] for array in points[below:]]
-                centres = pixels
+                centres: list[tuple[float, float]] = [*pixels]
                 for call in reversed(calls[below:]):
                     centres = [call.centre(*centre) for centre in centres]
                 _draw_panel(
@@ -216,7 +239,7 @@ class SamplingPointsReport(training.Extension):
                     pixels,
                     centres,
                     size / calls[below].x_shape[2:],
-                    f'through the last {len(layers)} layers',
+                    f'{label}through the last {len(layers)} layers',
                     row[-1],
                 )
         return figure
@@ -282,7 +305,7 @@ def _image(example) -> numpy.ndarray:
     return cuda.to_cpu(image)
 
 
-def _image_pixels(pixels, size: tuple[int, int]) -> list[tuple[int, int]]:
+def _image_pixels(pixels, size: tuple[int, ...]) -> list[tuple[int, int]]:
     """The pixels to look at, checked."""
     h, w = size
     if pixels is None:

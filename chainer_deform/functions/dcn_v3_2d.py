@@ -14,6 +14,7 @@ from chainer_deform._checks import (
     check_shape,
     positive,
 )
+from chainer_deform._composed import composed
 from chainer_deform.functions.sampled_sum_2d import sampled_sum_2d
 from chainer_deform.geometry import Geometry
 
@@ -106,23 +107,25 @@ def dcn_v3_2d(
     check_devices(arguments)
     geometry = Geometry(ksize, stride, pad, dilate, offset_groups=offset_groups)
     offset_scale = positive('offset_scale', offset_scale)
-    kernel, taps = (geometry.kh, geometry.kw), geometry.taps
-    if boolean('remove_center', remove_center):
-        if kernel[0] != kernel[1] or kernel[0] < 3 or kernel[0] % 2 == 0:
-            raise ValueError(
-                'ksize must be square, odd and at least 3 with remove_center, '
-                f'not {ksize!r}'
-            )
-        taps -= 1
-    n, c, out_h, out_w = _checked_sizes(arguments, geometry, taps)
+    _check_sizes(arguments, geometry, checked_taps(geometry, remove_center))
+    return _compute(
+        x,
+        offset,
+        mask,
+        geometry=geometry,
+        offset_scale=offset_scale,
+        remove_center=bool(remove_center),
+    )
 
-    dtype = numpy.result_type('f', x.dtype, offset.dtype, mask.dtype)
-    grid = _grid(geometry, out_h, out_w, offset_scale, remove_center, dtype)
-    xp = chainer.backend.get_array_module(x)
+
+@composed
+def _compute(x, offset, mask, *, geometry, offset_scale, remove_center):
+    """The function, once all is checked."""
+    (n, c), (out_h, out_w) = x.shape[:2], mask.shape[2:]
     G, P = geometry.offset_groups, out_h * out_w
-    offset = F.cast(F.reshape(offset, (n, G, 2, taps, P)), dtype)
-    with numpy.errstate(all='ignore'):  # an infinite point is outside
-        locations = offset_scale * offset + xp.asarray(grid)
+    taps = mask.shape[1] // G
+    dtype = numpy.result_type('f', x.dtype, offset.dtype, mask.dtype)
+    locations = points(offset, geometry, offset_scale, remove_center, dtype)
     # (n, G, xy, taps, P) -> (n, P, G, taps, yx)
     locations = F.flip(F.transpose(locations, (0, 4, 1, 3, 2)), 4)
     weights = F.transpose(F.reshape(mask, (n, G, taps, P)), (0, 3, 1, 2))
@@ -135,8 +138,31 @@ def dcn_v3_2d(
     return F.reshape(y, (n, c, out_h, out_w))
 
 
-def _checked_sizes(arguments, geometry, taps: int) -> tuple[int, int, int, int]:
-    """The sizes ``n, c, out_h, out_w`` of the output; checks shapes and dtypes."""
+def points(offset, geometry, offset_scale: float, remove_center: bool, dtype):
+    """The points in pixels, ``(n, offset_groups, xy, taps, out_h * out_w)``."""
+    n, _, out_h, out_w = offset.shape
+    places = grid(geometry, out_h, out_w, offset_scale, remove_center, dtype)
+    xp = chainer.backend.get_array_module(offset)
+    shape = n, geometry.offset_groups, *places.shape
+    with numpy.errstate(all='ignore'):  # an infinite point is outside
+        moves = offset_scale * F.cast(F.reshape(offset, shape), dtype)
+        return moves + xp.asarray(places)
+
+
+def checked_taps(geometry, remove_center) -> int:
+    """The number of taps; checks that there is a centre to remove."""
+    if not boolean('remove_center', remove_center):
+        return geometry.taps
+    kernel = geometry.kh, geometry.kw
+    if kernel[0] != kernel[1] or kernel[0] < 3 or kernel[0] % 2 == 0:
+        raise ValueError(
+            f'ksize must be square, odd and at least 3 with remove_center, not {kernel}'
+        )
+    return geometry.taps - 1
+
+
+def _check_sizes(arguments, geometry, taps: int) -> None:
+    """Checks shapes and dtypes."""
     shapes = argument_shapes(arguments)
     x_shape = shapes['x']
     if len(x_shape) != 4 or min(x_shape[1:]) < 1:
@@ -159,10 +185,9 @@ def _checked_sizes(arguments, geometry, taps: int) -> tuple[int, int, int, int]:
         ('mask', (n, channels, out_h, out_w), 'taps * offset_groups'),
     ):
         check_shape(name, shapes[name], shape, f'with {rule} channels')
-    return n, c, out_h, out_w
 
 
-def _grid(geometry, out_h: int, out_w: int, scale: float, remove_center: bool, dtype):
+def grid(geometry, out_h: int, out_w: int, scale: float, remove_center: bool, dtype):
     """Where the taps are without offsets: ``(xy, taps, out_h * out_w)``, in NumPy."""
 
     def places(k, step, pad, dilate, size):
@@ -175,8 +200,8 @@ def _grid(geometry, out_h: int, out_w: int, scale: float, remove_center: bool, d
     rows = places(g.kh, g.sy, g.ph, g.dy, out_h)[:, None, :, None]
     columns = places(g.kw, g.sx, g.pw, g.dx, out_w)[None, :, None, :]
     shape = g.kh, g.kw, out_h, out_w
-    grid = numpy.stack([numpy.broadcast_to(a, shape) for a in (columns, rows)])
-    grid = grid.reshape(2, g.taps, out_h * out_w)
+    points = numpy.stack([numpy.broadcast_to(a, shape) for a in (columns, rows)])
+    points = points.reshape(2, g.taps, out_h * out_w)
     if remove_center:
-        grid = numpy.delete(grid, g.taps // 2, axis=1)
-    return grid.astype(dtype)
+        points = numpy.delete(points, g.taps // 2, axis=1)
+    return points.astype(dtype)

@@ -16,6 +16,7 @@ from chainer_deform._checks import (
     pair,
     positive,
 )
+from chainer_deform._composed import composed
 from chainer_deform.functions.sampled_sum_2d import sampled_sum_2d
 
 
@@ -127,58 +128,122 @@ def deformable_ps_roi_average_pooling_2d(
         parts = pair('part_size', part_size, minimum=1)
     ratio = pair('sampling_ratio', sampling_ratio, minimum=1)
     gamma = finite('gamma', gamma)
-    rois, roi_indices = (
-        a.array if isinstance(a, chainer.Variable) else a for a in (rois, roi_indices)
-    )
-    n, out_c, h, w, R, classes = _checked_sizes(arguments, g, parts)
-    check_indices('roi_indices', roi_indices, (R,), n)
+    n, R = _checked_sizes(arguments, g, parts)
+    check_indices('roi_indices', chainer.as_array(roi_indices), (R,), n)
+    options = {
+        'out_size': out_size,
+        'spatial_scale': spatial_scale,
+        'ratio': ratio,
+        'gamma': gamma,
+    }
+    return _compute(x, rois, roi_indices, offset, g=g, **options)
 
-    dtype = numpy.result_type('f', *(array.dtype for array in arguments.values()))
-    xp = chainer.backend.get_array_module(x)
-    (out_h, out_w), (s_h, s_w) = out_size, ratio
+
+@composed
+def _compute(x, rois, roi_indices, offset, *, g, **options):
+    """The function, once all is checked."""
+    rois, roi_indices = map(chainer.as_array, (rois, roi_indices))
+    arrays = [array for array in (x, rois, offset) if array is not None]
+    dtype = numpy.result_type('f', *(array.dtype for array in arrays))
+    n, c, h, w = x.shape
+    out_c = c // g**2
+    locations, weights = points(rois, offset, (h, w), dtype=dtype, **options)
+    classes, s_h, s_w, out_h, out_w, R = weights.shape
     P, K = out_h * out_w, s_h * s_w
+    xp = chainer.backend.get_array_module(x)
+    # Each cell's channels as an image: (n, out_c, cells, h, w) -> (cells * n, ...)
+    images = F.transpose(F.reshape(x, (n, out_c, g * g, h, w)), (2, 0, 1, 3, 4))
+    cells = xp.asarray(cells_of_bins(g, out_h, out_w).reshape(P, 1))
+    # Bin after bin, and box after box in each: memory has them in this order.
+    y = sampled_sum_2d(
+        F.reshape(images, (g * g * n, out_c, h, w)),
+        F.transpose(F.reshape(locations, (2, classes, K, P * R)), (3, 1, 2, 0)),
+        weights.reshape(classes, K, P * R).transpose(2, 0, 1),
+        (cells * n + roi_indices.astype('int64')).reshape(P * R),
+        border='clamp',
+    )
+    return F.transpose(F.reshape(y, (out_h, out_w, R, out_c)), (2, 3, 0, 1))
+
+
+def points(rois, offset, x_size, *, out_size, spatial_scale, ratio, gamma, dtype):
+    """The samples of each bin, and their weights.
+
+    Args:
+        rois: Boxes, an array.
+        offset: Offsets, or None.
+        x_size: Height and width of the images. If None, no sample is left out.
+        out_size, spatial_scale, ratio, gamma: As of the function.
+        dtype: That of the points.
+
+    Returns:
+        tuple: A variable of points in pixels, of shape ``(yx, classes, s_h, s_w, out_h,
+        out_w, R)``, and an array of weights, without the first axis. Samples that are
+        left out of the mean are far outside.
+
+    """
+    xp = chainer.backend.get_array_module(rois)
+    (out_h, out_w), (s_h, s_w) = out_size, ratio
+    R, classes = len(rois), 1
     rois = _rounded(xp, rois.astype(dtype))
     low = rois[:, :2] * dtype.type(spatial_scale) - dtype.type(0.5)
     high = (rois[:, 2:] + 1) * dtype.type(spatial_scale) - dtype.type(0.5)
     size = xp.maximum(high - low, dtype.type(0.1))
 
-    # In shares of the box (out_h, out_w, 1, K, yx), in pixels (R, ..., yx)
-    i, j, a, b = numpy.mgrid[:out_h, :out_w, :s_h, :s_w].reshape(4, out_h, out_w, 1, K)
-    shares = numpy.stack([(i + a / s_h) / out_h, (j + b / s_w) / out_w], -1)
-    low, size = (array[:, None, None, None, None] for array in (low, size))
-    locations = low + xp.asarray(shares.astype(dtype)) * size
     if offset is not None:
+        _, channels, *parts = offset.shape
+        classes = channels // 2
         offset = F.reshape(F.cast(offset, dtype), (R, classes, 2, *parts))
         offset = _of_bins(_of_bins(offset, 3, out_h), 4, out_w)
-        # (R, classes, xy, out_h, out_w) -> (R, out_h, out_w, classes, 1, yx)
-        offset = F.flip(F.transpose(offset, (0, 3, 4, 1, 2)), 4)[:, :, :, :, None]
-        with numpy.errstate(all='ignore'):  # an infinite point is outside
-            locations = offset * (dtype.type(gamma) * size) + locations
+        # x and y, each (classes, 1, out_h, out_w, R)
+        offset = F.separate(F.transpose(offset, (2, 1, 3, 4, 0)))
+        offset = [F.expand_dims(array, 1) for array in offset]
+
+    # Rows depend on the sample's number a alone, columns on b alone:
+    # (classes, s_h, out_h, out_w, R) and (classes, s_w, out_h, out_w, R)
+    places, inside = [], []
+    for axis in (0, 1):
+        # In shares of the box (1, s_h, out_h, 1, 1) or (1, s_w, 1, out_w, 1)
+        bins, samples = out_size[axis], ratio[axis]
+        share = (numpy.arange(bins) + numpy.arange(samples)[:, None] / samples) / bins
+        share = xp.asarray(numpy.expand_dims(share.astype(dtype), (0, 3 - axis, 4)))
+        place = low[:, axis] + share * size[:, axis]
+        if offset is not None:
+            with numpy.errstate(all='ignore'):  # an infinite point is outside
+                place = offset[1 - axis] * (dtype.type(gamma) * size[:, axis]) + place
+        array = place if offset is None else place.array
+        places.append(place)
+        if x_size is None:
+            inside.append(xp.ones(array.shape, bool))
+        else:
+            inside.append(~((array < -0.5) | (array > x_size[axis] - 0.5)))
 
     # What is left out of the mean goes far outside, where it reads nothing.
-    places = locations.array if offset is not None else locations
-    last = xp.array([h - 0.5, w - 0.5], dtype)
-    inside = ~((places < -0.5) | (places > last)).any(-1)
-    locations = F.where(inside[..., None], locations, xp.array(-2, dtype))
-    weights = inside / xp.maximum(inside.sum(-1, keepdims=True), 1)
-
-    # Each cell's channels as an image: (n, out_c, cells, h, w) -> (n * cells, ...)
-    images = F.transpose(F.reshape(x, (n, out_c, g * g, h, w)), (0, 2, 1, 3, 4))
-    rows, columns = (numpy.arange(size) * g // size for size in out_size)
-    cells = xp.asarray((rows[:, None] * g + columns).reshape(P))
-    indices = roi_indices.astype('int64')[:, None] * (g * g) + cells
-    y = sampled_sum_2d(
-        F.reshape(images, (n * g * g, out_c, h, w)),
-        F.reshape(locations, (R * P, classes, K, 2)),
-        weights.astype(dtype).reshape(R * P, classes, K),
-        indices.reshape(R * P),
-        border='clamp',
+    counts = [array.sum(1, keepdims=True) for array in inside]
+    any_inside = counts[0] * counts[1] > 0
+    inside = [array & any_inside for array in inside]
+    outside = xp.array(-2, dtype)
+    shape = classes, s_h, s_w, out_h, out_w, R
+    locations = F.stack(
+        [
+            F.broadcast_to(F.expand_dims(F.where(array, place, outside), axis), shape)
+            for array, place, axis in zip(inside, places, (2, 1))
+        ]
     )
-    return F.transpose(F.reshape(y, (R, out_h, out_w, out_c)), (0, 3, 1, 2))
+    row_weights, column_weights = (
+        (array / xp.maximum(count, 1)).astype(dtype)
+        for array, count in zip(inside, counts)
+    )
+    return locations, row_weights[:, :, None] * column_weights[:, None]
 
 
-def _checked_sizes(arguments, g: int, parts) -> tuple[int, ...]:
-    """The sizes ``n, out_c, h, w, R, classes``; checks shapes and dtypes."""
+def cells_of_bins(g: int, out_h: int, out_w: int) -> numpy.ndarray:
+    """The number of each bin's cell, ``(out_h, out_w)``."""
+    rows, columns = (numpy.arange(bins) * g // bins for bins in (out_h, out_w))
+    return rows[:, None] * g + columns
+
+
+def _checked_sizes(arguments, g: int, parts) -> tuple[int, int]:
+    """The sizes ``n, R``; checks shapes and dtypes."""
     shapes = argument_shapes(arguments)
     x_shape, R = shapes['x'], next(iter(shapes['rois']), 0)
     if len(x_shape) != 4 or min(x_shape[1:]) < 1 or x_shape[1] % g**2:
@@ -191,8 +256,7 @@ def _checked_sizes(arguments, g: int, parts) -> tuple[int, ...]:
         raise type_check.InvalidType(
             'rois.shape == (R, 4)', f'rois.shape == {shapes["rois"]}'
         )
-    n, c, h, w = x_shape
-    out_c = c // g**2
+    out_c = x_shape[1] // g**2
     offset = shapes.get('offset', (R, 2, *parts))
     channels = offset[1] if len(offset) == 4 else 0
     fits = channels >= 2 and channels % 2 == 0 and out_c % (channels // 2) == 0
@@ -202,7 +266,7 @@ def _checked_sizes(arguments, g: int, parts) -> tuple[int, ...]:
             f'that divide the {out_c} output channels',
             f'offset.shape == {offset}',
         )
-    return n, out_c, h, w, R, channels // 2
+    return x_shape[0], R
 
 
 def _rounded(xp, array):

@@ -18,6 +18,7 @@ from chainer_deform._checks import (
     pair,
     positive,
 )
+from chainer_deform._composed import composed
 from chainer_deform.functions.sampled_sum_2d import sampled_sum_2d
 
 
@@ -110,18 +111,48 @@ def deformable_roi_average_align_2d(
     """
     arguments = {'x': x, 'rois': rois, 'offset': offset}
     check_devices({**arguments, 'roi_indices': roi_indices})
-    out_h, out_w = pair('outsize', outsize, minimum=1)
-    spatial_scale = positive('spatial_scale', spatial_scale)
-    ratio = _checked_ratio(sampling_ratio)
-    gamma, aligned = finite('gamma', gamma), boolean('aligned', aligned)
-    rois, roi_indices = (
-        a.array if isinstance(a, chainer.Variable) else a for a in (rois, roi_indices)
-    )
-    n, c, R = _checked_sizes(arguments, out_h, out_w)
-    check_indices('roi_indices', roi_indices, (R,), n)
+    out_size = pair('outsize', outsize, minimum=1)
+    options = {
+        'spatial_scale': positive('spatial_scale', spatial_scale),
+        'ratio': _checked_ratio(sampling_ratio),
+        'gamma': finite('gamma', gamma),
+        'aligned': boolean('aligned', aligned),
+    }
+    n, R = _checked_sizes(arguments, *out_size)
+    check_indices('roi_indices', chainer.as_array(roi_indices), (R,), n)
+    return _compute(x, rois, roi_indices, offset, **options)
 
+
+@composed
+def _compute(x, rois, roi_indices, offset, **options):
+    """The function, once all is checked."""
+    rois, roi_indices = map(chainer.as_array, (rois, roi_indices))
     dtype = numpy.result_type('f', x.dtype, rois.dtype, offset.dtype)
+    locations, inside = points(rois, offset, dtype=dtype, **options)
+    R, out_h, out_w, K = locations.shape[:4]
+    P = out_h * out_w
     xp = chainer.backend.get_array_module(x)
+    weights = (inside / xp.maximum(inside.sum(1, keepdims=True), 1)).astype(dtype)
+    y = sampled_sum_2d(
+        x,
+        F.reshape(locations, (R * P, 1, K, 2)),
+        weights.repeat(P, axis=0)[:, None],
+        roi_indices.repeat(P),
+        border='clamp',
+    )
+    return F.transpose(F.reshape(y, (R, out_h, out_w, x.shape[1])), (0, 3, 1, 2))
+
+
+def points(rois, offset, *, spatial_scale, ratio, gamma, aligned, dtype) -> tuple:
+    """The samples of each bin, and which of them count.
+
+    Returns:
+        tuple: A variable of points in pixels, of shape ``(R, out_h, out_w, K, yx)``,
+        and an array of bools, ``(R, K)``. The others are far outside.
+
+    """
+    xp = chainer.backend.get_array_module(rois)
+    out_h, out_w = offset.shape[2:]
     rois = rois.astype(dtype) * dtype.type(spatial_scale)
     low, high = rois[:, :2], rois[:, 2:]
     size = high - low
@@ -143,26 +174,17 @@ def deformable_roi_average_align_2d(
     cells = xp.stack(xp.meshgrid(xp.arange(out_h), xp.arange(out_w), indexing='ij'), -1)
     cells = cells[:, :, None].astype(dtype)
     low, size, bins = (array[:, None, None, None] for array in (low, size, bins))
-    points = low + (cells + shares) * bins
 
     # (R, xy, out_h, out_w) -> (R, out_h, out_w, 1, yx)
     offset = F.flip(F.transpose(F.cast(offset, dtype), (0, 2, 3, 1)), 3)
     with numpy.errstate(all='ignore'):  # an infinite point is outside
-        locations = offset[:, :, :, None] * (dtype.type(gamma) * size) + points
+        moves = F.expand_dims(offset, 3) * (dtype.type(gamma) * size)
+        locations = moves + (low + (cells + shares) * bins)
     if None in ratio:
         # Boxes with fewer samples have some far outside, which read nothing.
         outside = xp.array(-2, dtype)
         locations = F.where(inside[:, None, None, :, None], locations, outside)
-    P = out_h * out_w
-    weights = (inside / xp.maximum(inside.sum(1, keepdims=True), 1)).astype(dtype)
-    y = sampled_sum_2d(
-        x,
-        F.reshape(locations, (R * P, 1, K, 2)),
-        weights.repeat(P, axis=0)[:, None],
-        roi_indices.repeat(P),
-        border='clamp',
-    )
-    return F.transpose(F.reshape(y, (R, out_h, out_w, c)), (0, 3, 1, 2))
+    return locations, inside
 
 
 def _checked_ratio(ratio) -> tuple:
@@ -177,8 +199,8 @@ def _checked_ratio(ratio) -> tuple:
     )
 
 
-def _checked_sizes(arguments, out_h: int, out_w: int) -> tuple[int, int, int]:
-    """The sizes ``n, c, R``; checks shapes and dtypes."""
+def _checked_sizes(arguments, out_h: int, out_w: int) -> tuple[int, int]:
+    """The sizes ``n, R``; checks shapes and dtypes."""
     shapes = argument_shapes(arguments)
     x_shape, R = shapes['x'], next(iter(shapes['rois']), 0)
     if len(x_shape) != 4 or min(x_shape[1:]) < 1:
@@ -191,7 +213,7 @@ def _checked_sizes(arguments, out_h: int, out_w: int) -> tuple[int, int, int]:
         )
     rule = f'for {R} boxes and outsize == {out_h, out_w}'
     check_shape('offset', shapes['offset'], (R, 2, out_h, out_w), rule)
-    return *x_shape[:2], R
+    return x_shape[0], R
 
 
 def _counts(xp, ratio: int | None, bins):

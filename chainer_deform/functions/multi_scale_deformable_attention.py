@@ -8,6 +8,7 @@ import numpy
 from chainer.utils import type_check
 
 from chainer_deform._checks import argument_shapes, check_devices, check_shape, pair
+from chainer_deform._composed import composed
 from chainer_deform.functions.sampled_sum_2d import sampled_sum_2d
 
 
@@ -75,10 +76,17 @@ def multi_scale_deformable_attention(
     arguments = {'value': value, 'locations': locations, 'weights': weights}
     check_devices(arguments)
     sizes = _checked_levels(shapes)
-    n, q, heads, points, d = _checked_sizes(arguments, sizes)
+    _check_sizes(arguments, sizes)
+    return _compute(value, locations, weights, sizes=sizes)
 
-    dtype = numpy.result_type('f', *(array.dtype for array in arguments.values()))
-    xp = chainer.backend.get_array_module(value)
+
+@composed
+def _compute(value, locations, weights, *, sizes):
+    """The function, once all is checked."""
+    n, q, heads, _, points, _ = locations.shape
+    d = value.shape[3]
+    arrays = value, locations, weights
+    dtype = numpy.result_type('f', *(array.dtype for array in arrays))
     starts = numpy.cumsum([h * w for h, w in sizes])[:-1]
     levels = zip(
         sizes,
@@ -91,14 +99,22 @@ def multi_scale_deformable_attention(
         # (n, h * w, heads, d) -> (n, heads * d, h, w); the levels are added in dtype
         image = F.cast(F.transpose(image, (0, 2, 3, 1)), dtype)
         # (n, q, heads, points, xy) -> pixels (n * q, heads, points, yx)
-        with numpy.errstate(all='ignore'):  # an infinite point is outside
-            pixels = F.flip(places * xp.array([w, h], dtype) - 0.5, 4)
+        pixels = in_pixels(places, (h, w))
         result += sampled_sum_2d(
             F.reshape(image, (n, heads * d, h, w)),
             F.reshape(pixels, (n * q, heads, points, 2)),
             F.reshape(share, (n * q, heads, points)),
         )
     return F.reshape(F.cast(result, value.dtype), (n, q, heads * d))
+
+
+def in_pixels(places, size):
+    """Places ``(x, y)`` in shares of a level as pixels ``(y, x)``, on the last axis."""
+    xp = chainer.backend.get_array_module(places)
+    h, w = size
+    with numpy.errstate(all='ignore'):  # an infinite point is outside
+        pixels = places * xp.array([w, h], places.dtype) - 0.5
+    return F.flip(pixels, places.ndim - 1)
 
 
 def _checked_levels(shapes) -> list[tuple[int, int]]:
@@ -117,8 +133,8 @@ def _checked_levels(shapes) -> list[tuple[int, int]]:
     return [pair('shapes', level, minimum=1) for level in levels]
 
 
-def _checked_sizes(arguments, sizes) -> tuple[int, int, int, int, int]:
-    """The sizes ``n, q, heads, points, d``; checks shapes and dtypes."""
+def _check_sizes(arguments, sizes) -> None:
+    """Checks shapes and dtypes."""
     found = argument_shapes(arguments)
     value, locations = found['value'], found['locations']
     s = sum(h * w for h, w in sizes)
@@ -128,7 +144,7 @@ def _checked_sizes(arguments, sizes) -> tuple[int, int, int, int, int]:
             f'shapes == {sizes}',
             f'value.shape == {value}',
         )
-    n, _, heads, d = value
+    n, _, heads, _ = value
     levels = len(sizes)
     fits = len(locations) == 6 and locations[4] >= 1
     if not fits or locations != (n, locations[1], heads, levels, locations[4], 2):
@@ -138,4 +154,3 @@ def _checked_sizes(arguments, sizes) -> tuple[int, int, int, int, int]:
             f'locations.shape == {locations}',
         )
     check_shape('weights', found['weights'], locations[:5])
-    return n, locations[1], heads, locations[4], d

@@ -11,6 +11,7 @@ from chainer_deform._checks import (
     check_devices,
     check_gradient,
     check_in_any_case,
+    check_indices,
     check_second_gradients,
     check_shape,
     float_shapes,
@@ -159,14 +160,7 @@ class SampledSum2D(chainer.FunctionNode):
             )
         check_shape('weights', shapes['weights'], shape[:3])
         q = shape[0]
-        if self.indices is not None:
-            check_shape('indices', self.indices.shape, (q,))
-            if self.indices.dtype.kind not in 'iu':
-                raise type_check.InvalidType(
-                    'indices.dtype is an integer one',
-                    f'indices.dtype == {self.indices.dtype}',
-                )
-        elif q % n if n else q:
+        if self.indices is None and (q % n if n else q):
             raise type_check.InvalidType(
                 f'locations.shape == (q, groups, k, 2) with q a multiple of n == {n} '
                 f'for x.shape == {x_shape} and no indices',
@@ -277,6 +271,7 @@ def _checked_indices(indices, x, q: int):
 
     Raises:
         ValueError: ``indices`` are out of range.
+        chainer.utils.type_check.InvalidType: Their shape or dtype does not fit.
 
     """
     n = len(x)
@@ -284,12 +279,6 @@ def _checked_indices(indices, x, q: int):
         xp = chainer.backend.get_array_module(x)
         return xp.arange(n, dtype='int64').repeat(q // max(1, n))
     # A copy, which nobody changes between this check and the backward pass.
-    indices = indices.astype('int64')
-    if q:
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= n:
-            raise ValueError(
-                f'indices must be from 0 to {n - 1}, as x has the shape {x.shape}, '
-                f'but are from {low} to {high}'
-            )
-    return indices
+    indices = indices.copy()
+    check_indices('indices', indices, (q,), n)
+    return indices.astype('int64', copy=False)

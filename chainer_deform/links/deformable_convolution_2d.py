@@ -185,12 +185,12 @@ class DeformableConvolution2D(chainer.Chain):
             ~chainer.Variable: ``y`` of shape ``(n, out_channels, out_h, out_w)``.
 
         """
-        n, _, h, w = _check_images('x', x, self.deform_conv.in_channels)
+        n, _, h, w = check_images('x', x, self.deform_conv.in_channels)
         if offset_input is None:
             offset_input = x
         else:
             channels = self.offset_conv.in_channels
-            _check_images('offset_input', offset_input, channels, n, h, w)
+            check_images('offset_input', offset_input, channels, n, h, w)
         offset, mask = self.offset_conv(offset_input), None
         if self.modulated:
             offset, mask = F.split_axis(offset, [offset.shape[1] // 3 * 2], axis=1)
@@ -211,7 +211,7 @@ def _is_of_plain_convolution(serializer) -> bool:
     return f'{path}W' in found and f'{path}deform_conv/W' not in found
 
 
-def _check_images(name: str, images, c, n='n', h='h', w='w') -> tuple[int, ...]:
+def check_images(name: str, images, c, n='n', h='h', w='w') -> tuple[int, ...]:
     """The shape of images; sizes are numbers or, where any will do, names or None."""
     shape = float_array(name, images).shape
     expected = n, 'in_channels' if c is None else c, h, w

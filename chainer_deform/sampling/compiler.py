@@ -19,6 +19,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 
 def loops() -> ModuleType:
@@ -47,7 +48,7 @@ class _State:
     """The loops that this process has chosen, and the locks around the choice."""
 
     def __init__(self) -> None:
-        self.loops: ModuleType | None = None
+        self.loops: Any = None  # a module
         self.loading = False
         #: Whether this thread is inside of Numba's compiler.
         self.compiles_here: Callable = lambda: False

@@ -261,7 +261,7 @@ class _Call:
         if self.by_image:
             self.parts = self.threads * [(self.channels, slice(0, len(W)))]
 
-    def _parts(self) -> list[tuple[slice, slice]]:
+    def _parts(self) -> list[tuple[slice, ...]]:
         c, out_c, groups = self.channels.stop, len(self.W), self.geometry.groups
         if groups == 1:
             channels = cut(c, c, self.threads, unit=16)

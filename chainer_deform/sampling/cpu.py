@@ -175,7 +175,8 @@ class Sampler:
         tangents=(None, None), gradients=(None, None), parts=1,
     ) -> None:  # fmt: skip
         self.points, self.dtype, self.gradients = points, dtypes[0], gradients
-        self.corners = Corners(points, *arguments, size, self.dtype, loops())
+        offsets, factors = arguments
+        self.corners = Corners(points, offsets, factors, size, self.dtype, loops())
         self.standing = self.corners.weights, self.corners.factors
         self.tangents = self.moving = None
         if any(array is not None for array in tangents):
@@ -225,7 +226,7 @@ class Sampler:
             self._dot(image_dot, channels, gcolumns, self.products[part])
         if self.moving is not None and gimage_dot is not None:
             self._scatter(gimage_dot, self.moving, channels, gcolumns)
-        if self.moving is not None and self.products is not None:
+        if self.moving is not None and self.moving_products is not None:
             self._dot(image, channels, gcolumns, self.moving_products[part])
 
     def write_gradients(self) -> None:

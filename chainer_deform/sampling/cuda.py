@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from typing import Any
 
 import chainer
 import numpy
@@ -170,10 +171,13 @@ class Sampler:
         self, points, size, dtypes, arguments,
         tangents=(None, None), gradients=(None, None), parts=1,
     ) -> None:  # fmt: skip
-        self.points, self.dtype, self.real = points, *dtypes
+        self.points = points
+        self.dtype, self.real = dtypes
+        self.constants: dict = {}
+        self.scalars: dict = {}
+        pads = 0, 0
         if points.summed:
             self.groups, self.images, self.tile = 1, size[0], points.tile
-            self.constants, self.scalars, pads = {}, {}, (0, 0)
         else:  # a tile has some of the images
             self.groups, self.images = points.geometry.groups, points.images
             self.constants, self.scalars, pads = _grid(points)
@@ -407,7 +411,7 @@ class Filter:
 
     def __init__(self, W, groups: int, dtype, threads: int) -> None:
         self.depthwise = _Depthwise.of(W, groups, dtype)
-        self.filters = None if self.depthwise else _by_group(W, groups, dtype)
+        self.filters: Any = None if self.depthwise else _by_group(W, groups, dtype)
 
     def multiply(self, columns, y, add: bool) -> None:
         """``y (m, out_c, p) = filter @ columns``, or ``+=``."""
@@ -574,7 +578,7 @@ class TransposedFilter:
 
     def __init__(self, W, groups: int, dtype) -> None:
         self.depthwise = _Depthwise.of(W, groups, dtype)
-        self.filters = None if self.depthwise else _by_group(W, groups, dtype)
+        self.filters: Any = None if self.depthwise else _by_group(W, groups, dtype)
         self.dtype = _wide(dtype)
         self.gradient = None
 

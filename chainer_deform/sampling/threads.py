@@ -38,7 +38,7 @@ def thread_count(root: str = '/') -> int:
         count = len(os.sched_getaffinity(0))
     else:
         count = os.cpu_count() or 1
-    return max(1, min(count, _quota(root)))
+    return int(max(1, min(count, _quota(root))))
 
 
 @functools.cache
@@ -51,9 +51,9 @@ def _quota(root: str) -> float:
             quota, period = (folder / 'cpu.max').read_text().split()
             quotas.append(math.ceil(int(quota) / int(period)))
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-            quota = int((folder / 'cpu.cfs_quota_us').read_text())
-            period = int((folder / 'cpu.cfs_period_us').read_text())
-            quotas.append(math.ceil(quota / period))
+            share = int((folder / 'cpu.cfs_quota_us').read_text())
+            whole = int((folder / 'cpu.cfs_period_us').read_text())
+            quotas.append(math.ceil(share / whole))
     return min(quota for quota in quotas if quota > 0)
 
 

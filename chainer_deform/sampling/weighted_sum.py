@@ -182,13 +182,13 @@ class _Call:
         if batch.stop - batch.start < self.images.n:
             ends = self.sorted_indices.searchsorted([batch.start, batch.stop])
             start, stop = (int(end) for end in ends)
-        parts = [
+        positions = [
             slice(start + part.start, start + part.stop)
             for part in cut(stop - start, most, tiles)
         ]
         if self.order is not None:
-            tiles = [self.order[tile] for tile in tiles]
-        return tiles
+            return [self.order[part] for part in positions]
+        return positions
 
     def sampler(self, batch: slice, tile, tangents=None, gradients=None):
         """What samples a batch at the points of a tile; as for a convolution."""

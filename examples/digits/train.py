@@ -156,7 +156,8 @@ def add_reports(
     if net.offset_convs():  # the plain model has none, and is not warned of
         trainer.extend(chainer_deform.extensions.OffsetStatistics())
         images = [upright[0], warped[0]]  # the same digit
-        trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
+        points = chainer_deform.extensions.SamplingPointsReport
+        trainer.extend(points(images, labels=['upright', 'warped']))
     trainer.extend(extensions.LogReport())
     trainer.extend(extensions.PrintReport(['epoch', 'main/loss', *ACCURACIES]))
     trainer.extend(extensions.PlotReport(LOSSES, 'epoch', filename='loss.png'))

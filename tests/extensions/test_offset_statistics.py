@@ -14,6 +14,7 @@ import pytest
 from chainer import training
 from chainer.training import extensions
 
+from chainer_deform import links
 from chainer_deform.extensions import OffsetStatistics
 from chainer_deform.links import DeformableConvolution2D, DeformableConvolution2DSampler
 
@@ -141,6 +142,86 @@ def test_taps_and_offset_groups(tmp_path):
     assert 0 < outside < len(lengths)
     expected = [numpy.mean(lengths), max(lengths), outside / len(lengths), 0]
     numpy.testing.assert_allclose(values(entry, 'main/conv'), expected, rtol=1e-6)
+
+
+class Calls(chainer.Chain):
+    """A layer without a sampler, called with some arguments after an image."""
+
+    def __init__(self, layer, *arguments):
+        super().__init__()
+        self.arguments = arguments
+        with self.init_scope():
+            self.layer = layer
+
+    def forward(self, x):
+        return 0 * F.sum(self.layer(x, *self.arguments))
+
+
+IMAGE = numpy.ones((2, 8, 9), 'f')
+BOX = numpy.array([[0.5, 0.5, 6.5, 8.5]], 'f'), numpy.zeros(1, 'i')
+
+
+def test_of_taps_that_are_scaled(tmp_path):
+    """Lengths are in pixels of the image."""
+    layer = links.DCNv4(2, 2, 1, offset_groups=1, offset_scale=2)
+    layer.offset_conv.b.array[:2] = 1.5, -2  # x, y
+    (entry,) = run(Calls(layer), [IMAGE], tmp_path)
+    # Rows 0 to 7 are moved up by 4, columns 0 to 8 to the right by 3.
+    expected = [5, 5, 1 - (4 * 6) / (8 * 9), 0]
+    numpy.testing.assert_allclose(values(entry, 'main/layer'), expected, rtol=1e-6)
+
+
+def test_of_bins(tmp_path):
+    """A box of 6 by 8 pixels, from (0, 0) on, whose lower bins are moved."""
+    layer = links.DeformableRoIPooling2D(2, 2, 1.0, 2, fc_size=3, gamma=0.5)
+    layer.offset_fc[-1].b.array.reshape(2, 2, 2)[:, 1] = [[0, 1], [2, 0.25]]
+    (entry,) = run(Calls(layer, *BOX), [IMAGE], tmp_path)
+    # By 0.5 * 6 * 2 down; by 0.5 * 8 * 1 to the right and 0.5 * 6 * 0.25 down.
+    lengths = numpy.array([0, 0, 6, numpy.hypot(4, 0.75)])
+    # Samples at rows 3.75 and 5.25, columns 0.5, 2.5 and so on: the rows of the first
+    # become 9.75 and 11.25, the columns of the second 9 and 11, or more.
+    outside = (4 + 2) / 16
+    expected = [lengths.mean(), lengths.max(), outside, 0]
+    numpy.testing.assert_allclose(values(entry, 'main/layer'), expected, rtol=1e-6)
+
+
+def test_of_points_of_queries(tmp_path):
+    """How far they are from the reference, which is at column 4, of 9."""
+    layer = links.MultiScaleDeformableAttention(3, 4, levels=1, heads=2, points=5)
+    arguments = (
+        numpy.full((1, 1, 1, 2), 0.5, 'f'),
+        numpy.ones((1, 72, 3), 'f'),
+        [(8, 9)],
+    )
+    (entry,) = run(Calls(layer, *arguments), [numpy.ones((1, 3), 'f')], tmp_path)
+    # 1 to 5 pixels to the right and to the left: -1 and 9 are outside.
+    expected = [3, 5, 2 / 10, 0]
+    numpy.testing.assert_allclose(
+        values(entry, 'main/layer'), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_bins_that_are_moved_too_far(tmp_path):
+    layer = links.DeformableRoIPooling2D(2, 2, 1.0, fc_size=3)
+    layer.offset_fc[-1].b.array[...] = 40
+    message = (
+        r'main/layer: .* 40\.0 pixels long, .* 8 x 9 pixels.*\(layer\.offset_fc, 0'
+    )
+    with pytest.warns(UserWarning, match=message):
+        run(Calls(layer, *BOX), [IMAGE], tmp_path)
+
+
+def test_no_boxes_and_no_layer_in_test_mode(tmp_path):
+    layer = links.DeformableRoIPooling2D(2, 2, 1.0, fc_size=3)
+    with chainer.using_config('train', False):
+        assert (
+            run(Calls(layer, *BOX), [IMAGE], tmp_path)[0]
+            .keys()
+            .isdisjoint({'main/layer/offset_mean'})
+        )
+    boxes = numpy.zeros((0, 4), 'f'), numpy.zeros(0, 'i')
+    (entry,) = run(Calls(layer, *boxes), [IMAGE], tmp_path)
+    assert 'main/layer/offset_mean' not in entry
 
 
 def test_largest_of_the_whole_epoch_and_anew_in_the_next(tmp_path):
@@ -718,3 +799,13 @@ def test_on_a_gpu(tmp_path):
         (entry,) = run(model, data, tmp_path)
     expected = [(5 + 2 + 99) / 47, 99, 2 / 48, 1 / 48]
     numpy.testing.assert_allclose(values(entry, 'main/conv'), expected, rtol=1e-6)
+
+
+def test_reprs_are_short(tmp_path):
+    model = Given()
+    statistics = OffsetStatistics(warn_above=9)
+    assert repr(statistics) == 'OffsetStatistics(warn_above=9, layers=[])'
+    statistics.initialize(make_trainer(model, [offsets()], tmp_path))
+    assert repr(statistics) == "OffsetStatistics(warn_above=9, layers=['main/conv'])"
+    (hook,) = model.conv.local_link_hooks.values()
+    assert repr(hook) == "OffsetStatistics of 'main/conv'"

@@ -21,7 +21,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from chainer_deform import receptive_points, sampling_locations
+from chainer_deform import links, receptive_points, sampling_locations
 from chainer_deform.extensions import SamplingPointsReport
 from chainer_deform.links import DeformableConvolution2D
 
@@ -108,6 +108,19 @@ def test_title(tmp_path, figures):
         'Epoch 1, iteration 2',
         'Epoch 2, iteration 4',
     ]
+
+
+def test_labels_of_the_rows(tmp_path, figures):
+    report = SamplingPointsReport(images, labels=['upright', 'warped'])
+    make_trainer(tmp_path, report, stop=(1, 'epoch')).run()
+    panels_of_a_row = 'a', 'b', 'through the last 2 layers'
+    assert [title for title, _, _ in panels(figures[0])] == [
+        f'{label}: {panel}'
+        for label in ('upright', 'warped')
+        for panel in panels_of_a_row
+    ]
+    with pytest.raises(ValueError, match='labels must be 2, .* not .*upright'):
+        SamplingPointsReport(images, labels=['upright'])
 
 
 def test_draws_the_points_of_every_layer(tmp_path, figures):
@@ -322,7 +335,45 @@ def test_no_deformable_layer(tmp_path):
     trainer = make_trainer(
         tmp_path, SamplingPointsReport(images), L.Classifier(Plain())
     )
-    with pytest.warns(UserWarning, match='SamplingPointsReport: no layer') as caught:
+    with pytest.warns(UserWarning, match='Report: no convolution of') as caught:
+        trainer.run()
+    assert len(caught) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['log']
+
+
+class OtherLayers(chainer.Chain):
+    """Layers with taps of their own, or of boxes."""
+
+    def __init__(self, taps=True):
+        super().__init__()
+        with self.init_scope():
+            if taps:
+                self.v3 = links.DCNv3(1, 4, offset_groups=2)
+                self.v4 = links.DCNv4(4, 4, offset_groups=1, stride=2)
+            self.pool = links.DeformableRoIPooling2D(None, 2, 1.0, fc_size=3)
+
+    def forward(self, x):
+        h = self.v4(self.v3(x)) if hasattr(self, 'v3') else x
+        boxes = numpy.array([[0, 0, 4, 5]] * len(x), 'f')
+        y = self.pool(h, boxes, numpy.arange(len(x)))
+        return F.reshape(y, (len(x), -1))
+
+
+def test_draws_layers_with_taps_of_their_own(tmp_path, figures):
+    """And leaves out boxes, though there are as many as images."""
+    model = L.Classifier(OtherLayers())
+    make_trainer(tmp_path, SamplingPointsReport(images), model, (1, 'epoch')).run()
+    (figure,) = figures
+    titles = ['v3', 'v4', 'through the last 2 layers']
+    assert [title for title, _, _ in panels(figure)] == titles * 2
+    counts = [[len(p) for p in points] for _, points, _ in panels(figure)[:2]]
+    assert counts == [[18] * 3, [9] * 3]
+
+
+def test_layers_that_are_not_drawn(tmp_path):
+    model = L.Classifier(OtherLayers(taps=False))
+    trainer = make_trainer(tmp_path, SamplingPointsReport(images), model, (1, 'epoch'))
+    with pytest.warns(UserWarning, match='Report: no convolution of') as caught:
         trainer.run()
     assert len(caught) == 1
     assert [path.name for path in tmp_path.iterdir()] == ['log']
@@ -543,3 +594,11 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         report = SamplingPointsReport(images)
     make_trainer(tmp_path, report).run()
     assert [path.name for path in tmp_path.iterdir()] == ['log']
+
+
+def test_repr_is_short():
+    report = SamplingPointsReport(images, [(1, 2)], target=Net(), filename='a.png')
+    assert repr(report) == (
+        'SamplingPointsReport(images=float32 (2, 1, 12, 16), pixels=[(1, 2)], '
+        "target=Net, filename='a.png')"
+    )

@@ -205,15 +205,40 @@ def test_offsets_that_are_no_place(value):
     assert numpy.isfinite(gradients['x']).all()
 
 
-def test_what_is_left_out_is_not_read():
-    """Samples at -0.75, which a clamped border would read."""
-    x = numpy.ones((1, 1, 4, 4))
-    x[0, 0, 0] = numpy.inf
-    box = numpy.array([[-1.5, 0, 0.5, 2]])  # rows -2.5 to 1.5
-    y = deformable_ps_roi_average_pooling_2d(
-        x, box, numpy.array([0]), None, 1, 1, 1, sampling_ratio=(16, 1)
+@pytest.mark.parametrize('axis', [0, 1])
+def test_what_is_left_out_is_not_read(axis):
+    """Samples at -0.75 and 3.75 would read the outer rows or columns; 1.5 does not."""
+    x = numpy.full((4, 4), numpy.nan)
+    x[1], x[2] = 1, 2
+    box = numpy.array([-1.0, 4, 25, 4]).reshape(2, 2)
+    ratio = 3, 1
+    if axis == 1:
+        x, box, ratio = x.T, box[:, ::-1], ratio[::-1]
+    y, gradients = run(
+        deformable_ps_roi_average_pooling_2d,
+        {'x': x[None, None], 'offset': numpy.zeros((1, 2, 1, 1))},
+        {
+            'rois': box.reshape(1, 4),
+            'roi_indices': numpy.array([0]),
+            'outsize': 1,
+            'spatial_scale': 0.25,
+            'group_size': 1,
+            'sampling_ratio': ratio,
+        },
+        numpy.ones((1, 1, 1, 1)),
     )
-    assert y.array == numpy.inf  # rows from -0.5 on
+    assert y == 1.5
+    assert (gradients['x'][0, 0] != 0).sum() == 4
+    assert not gradients['x'][0, 0][numpy.isnan(x)].any()
+    numpy.testing.assert_allclose(
+        gradients['offset'].ravel(), [0.1 * 6.75 * axis, 0.1 * 6.75 * (1 - axis)]
+    )
+
+
+def test_bin_without_samples_is_not_read():
+    """All of them are at -0.875 or farther outside, after the offset."""
+    x = numpy.ones((1, 1, 4, 4))
+    x[0, 0, 0] = numpy.nan
     box = numpy.array([[-8.0, 0, -2, 2]])  # rows -8.5 to -1.5
     offset = numpy.full((1, 2, 1, 1), 0.0)
     offset[0, 1] = 1
@@ -221,6 +246,18 @@ def test_what_is_left_out_is_not_read():
         x, box, numpy.array([0]), offset, 1, 1, 1, sampling_ratio=(28, 1), gamma=1 / 8
     )
     assert y.array == 0
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+def test_bin_without_samples_is_0_even_if_an_offset_along_it_is_no_number(axis):
+    """Along the other axis all samples are outside."""
+    arrays, options = arguments(*CASES['plain'], rois=[[30, 40, 50, 44]], indices=[0])
+    arrays['offset'][:, axis] = numpy.nan
+    y, gradients = check_first_order(
+        deformable_ps_roi_average_pooling_2d, arrays, options
+    )
+    assert not y.any()
+    assert not gradients['offset'].any()
 
 
 class TestErrors:

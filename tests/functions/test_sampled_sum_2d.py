@@ -872,7 +872,7 @@ class TestErrors:
     def test_indices_out_of_range(self, value, type_check):
         indices = numpy.array([0, 1, 1, 0, 1, 0, value, 0])
         low, high = min(value, 0), max(value, 1)
-        match = rf'^indices must be from 0 to 1, .*, 5, 7\).* from {low} to {high}$'
+        match = f'^indices must be from 0 to 1, .* 2 images.* from {low} to {high}$'
         with (
             chainer.using_config('type_check', type_check),
             pytest.raises(ValueError, match=match),
@@ -881,7 +881,7 @@ class TestErrors:
 
     def test_no_image_to_read(self):
         arrays = {**self.case.arrays(), 'x': numpy.zeros((0, 6, 5, 7))}
-        with pytest.raises(ValueError, match='^indices .* shape \\(0, 6, 5, 7\\)'):
+        with pytest.raises(ValueError, match='^indices .* 0 images, but are from 0'):
             sampled_sum_2d(**arrays, indices=numpy.zeros(8, int))
 
     @pytest.mark.parametrize('border', ['reflect', None, 0, b'zero', ['zero']])

@@ -1,8 +1,6 @@
-"""The four models: a dilated CNN, a wider one, and two with deformable convolutions."""
+"""The three models: a small dilated CNN, a wider one, and one that is deformable."""
 
 from __future__ import annotations
-
-import functools
 
 import chainer_deform  # isort: skip  (before Chainer, which it repairs)
 
@@ -10,24 +8,21 @@ import chainer
 import chainer.functions as F
 import chainer.links as L
 
-#: What the last two convolutions of each model are, and their channels. All but the
-#: wide model start as the same function: offsets start at zero, and the mask of the
-#: modulated layer at 2 * 0.5. The wide one has as many parameters as the deformable.
+#: What the last two convolutions of each model are, and their channels. The plain and
+#: the deformable model start as the same function, as offsets start at zero. The wide
+#: model has as many parameters as the deformable one.
 LAST_CONVOLUTIONS = {
     'plain': (L.Convolution2D, 32),
     'wide': (L.Convolution2D, 43),
     'deformable': (chainer_deform.links.DeformableConvolution2D, 32),
-    'modulated': (
-        functools.partial(
-            chainer_deform.links.DeformableConvolution2D, modulated=True, mask_scale=2
-        ),
-        32,
-    ),
 }
 
 
-class SegmentationNet(chainer.Chain):
+class SceneNet(chainer.Chain):
     """Five convolutions, the last two of them dilated, and a classifier of each pixel.
+
+    Its scores are those of the last features, upsampled, plus those of the first ones,
+    which are finer.
 
     Args:
         kind: One of :data:`LAST_CONVOLUTIONS`.
@@ -45,17 +40,20 @@ class SegmentationNet(chainer.Chain):
                 L.Convolution2D(16, 32, ksize=3, stride=2, pad=1),  # 49 -> 25
                 L.Convolution2D(32, 32, ksize=3, pad=1),
                 last(32, width, ksize=3, pad=2, dilate=2),
-                last(width, width, ksize=3, pad=4, dilate=4),
+                last(width, width, ksize=3, pad=2, dilate=2),
             )
             self.norms = chainer.ChainList(*map(L.BatchNormalization, channels))
             self.classify = L.Convolution2D(width, classes, ksize=1)
+            self.refine = L.Convolution2D(16, classes, ksize=1)
 
     def forward(self, x) -> chainer.Variable:
         """Returns the scores ``(n, classes, h, w)`` of images ``x (n, 1, h, w)``."""
-        size = x.shape[2:]
+        features = [x]
         for conv, norm in zip(self.convs, self.norms):
-            x = F.relu(norm(conv(x)))
-        return F.resize_images(self.classify(x), size)
+            features.append(F.relu(norm(conv(features[-1]))))
+        fine, coarse = features[1], features[-1]
+        scores = F.resize_images(self.classify(coarse), fine.shape[2:])
+        return F.resize_images(scores + self.refine(fine), x.shape[2:])
 
     def offset_convs(self) -> list[chainer.Link]:
         """Returns the convolutions that predict offsets; the plain models have none."""

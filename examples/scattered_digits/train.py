@@ -1,7 +1,7 @@
 """Trains segmentation models with and without deformable convolutions.
 
-All models see only mildly warped photographs in training. They are tested on other
-parts of the photographs, warped as mildly and more strongly. See README.rst.
+All models see only upright digits of one size in training. They are tested on other
+digits, upright, rotated, scaled, and both. See README.rst.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ sys.path.insert(1, str(pathlib.Path(__file__).resolve().parents[1]))
 import common  # isort: skip  (before NumPy, for which it chooses the threads)
 
 import numpy
+from matplotlib import colormaps
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -24,15 +25,15 @@ import chainer
 from chainer import training
 from chainer.training import extensions
 from common import Failure
-from data import PHOTOGRAPHS, load_datasets
+from data import BACKGROUND, CLASSES, CONDITIONS, load_datasets
 from evaluator import SegmentationEvaluator
-from models import LAST_CONVOLUTIONS, SegmentationNet
+from models import LAST_CONVOLUTIONS, SceneNet
 
 TEST_BATCHSIZE = 20
-WARPS = 'mild', 'strong'
-MIOUS = {f'{warps}/main/miou': warps for warps in WARPS}
-SCENES_SHOWN = 3  # of the test scenes, the first ones, mildly and strongly warped
-COLOURS = ListedColormap(['#d55e00', '#009e73', '#56b4e9', '#cc79a7'])
+MIOUS = {f'{condition}/main/miou': condition for condition in CONDITIONS}
+SCENE_SHOWN = 0  # of the test scenes, in all conditions
+DIGITS_SHOWN = 3  # of that scene, with the points where the layers look at them
+COLOURS = ListedColormap([*colormaps['tab10'].colors, 'whitesmoke'])
 
 
 def main() -> None:
@@ -40,8 +41,11 @@ def main() -> None:
     parser = common.make_parser(__doc__, LAST_CONVOLUTIONS)
     add = parser.add_argument
     add('--scenes', type=common.integer(1), help='scenes to train on')
+    add('--test-scenes', type=common.integer(1), help='scenes to test on')
     add('--device', help='@numpy for the CPU, @cupy:0 or 0 for a GPU')
-    parser.set_defaults(scenes=600, batchsize=16, device='@numpy')
+    parser.set_defaults(
+        scenes=600, test_scenes=100, epoch=12, batchsize=16, device='@numpy'
+    )
     args = parser.parse_args()
     try:
         run(args)
@@ -65,26 +69,27 @@ def run(args: argparse.Namespace) -> None:
         )
     for kind in kinds:
         common.make_directory(args.out / kind)
-    datasets = load_datasets(args.scenes)
+    train, tests = load_datasets(args.scenes, args.test_scenes)
 
     common.configure()
     results, logs, predictions = {}, {}, {}
+    shown = {condition: scenes[SCENE_SHOWN] for condition, scenes in tests.items()}
     for kind in kinds:
-        trainer = make_trainer(kind, args, device, datasets)
+        trainer = make_trainer(kind, args, device, train, tests, shown)
         if args.resume:
             common.resume(args.resume, trainer)
         print(f'\n{kind}')
         trainer.run()
         logs[kind] = trainer.get_extension('LogReport').log
         results[kind] = summarise(trainer)
-        predictions[kind] = predict(trainer, shown(datasets))
+        predictions[kind] = predict(trainer, shown)
 
-    options = ('scenes', 'epoch', 'batchsize', 'seed')
+    options = ('scenes', 'test_scenes', 'epoch', 'batchsize', 'seed')
     report = {**{name: getattr(args, name) for name in options}, 'models': results}
     common.write_json(args.out / 'results.json', report)
     curves = common.plot_curves(logs, MIOUS, 'mean IoU')
     common.write(args.out / 'curves.png', curves.savefig)
-    picture = plot_predictions(shown(datasets), predictions)
+    picture = plot_predictions(shown, predictions)
     common.write(args.out / 'predictions.png', picture.savefig)
     print(
         f'\n{table(results)}\n\n'
@@ -96,34 +101,34 @@ def make_trainer(
     kind: str,
     args: argparse.Namespace,
     device: chainer.backend.Device,
-    datasets: tuple,
+    train: chainer.dataset.DatasetMixin,
+    tests: dict[str, chainer.dataset.DatasetMixin],
+    shown: dict[str, tuple],
 ) -> training.Trainer:
     """Returns the trainer of one model, which writes to a directory of its own."""
-    train, *tests = datasets
     numpy.random.seed(args.seed)  # for the initial weights; nothing else draws from it
-    net = SegmentationNet(kind, len(PHOTOGRAPHS))
+    net = SceneNet(kind, len(CLASSES))
     model = chainer.links.Classifier(net)
     model.to_device(device)
     optimizer = chainer.optimizers.Adam(alpha=1e-2).setup(model)
-    for conv in net.offset_convs():
-        chainer_deform.optimizer_hooks.scale_updates(conv, 0.1)
     iterator = chainer.iterators.SerialIterator(
         train, args.batchsize, order_sampler=common.shuffler(args.seed)
     )
     updater = training.updaters.StandardUpdater(iterator, optimizer, device=device)
     trainer = training.Trainer(updater, (args.epoch, 'epoch'), out=args.out / kind)
-
-    for warps, dataset in zip(WARPS, tests):
-        iterator = chainer.iterators.SerialIterator(
-            dataset, TEST_BATCHSIZE, repeat=False, shuffle=False
-        )
-        evaluator = SegmentationEvaluator(iterator, model, [*PHOTOGRAPHS], device)
-        trainer.extend(evaluator, name=warps)
     trainer.extend(extensions.ExponentialShift('alpha', 0.85), trigger=(1, 'epoch'))
-    if net.offset_convs():  # the plain model has none, and is not warned of
+
+    for condition, scenes in tests.items():
+        iterator = chainer.iterators.SerialIterator(
+            scenes, TEST_BATCHSIZE, repeat=False, shuffle=False
+        )
+        evaluator = SegmentationEvaluator(iterator, model, CLASSES, device)
+        trainer.extend(evaluator, name=condition)
+    if net.offset_convs():  # the plain models have none, and are not warned of
         trainer.extend(chainer_deform.extensions.OffsetStatistics())
-        images = [image for image, _ in shown(datasets)[:2]]
-        trainer.extend(chainer_deform.extensions.SamplingPointsReport(images))
+        images = [shown[condition][0] for condition in ('upright', 'both')]
+        pixels = pixels_on_digits(shown['upright'][1])
+        trainer.extend(chainer_deform.extensions.SamplingPointsReport(images, pixels))
     trainer.extend(extensions.LogReport())
     trainer.extend(extensions.PrintReport(['epoch', 'main/loss', *MIOUS]))
     trainer.extend(extensions.PlotReport(['main/loss'], 'epoch', filename='loss.png'))
@@ -133,20 +138,19 @@ def make_trainer(
     return trainer
 
 
-def shown(datasets: tuple) -> list[tuple]:
-    """Returns the scenes to draw: some of the mild test scenes, each with the strong.
+def pixels_on_digits(label: numpy.ndarray) -> list[tuple[int, int]]:
+    """Returns a pixel ``(y, x)`` of each of some digits in a scene."""
+    pixels = []
+    for digit in numpy.unique(label[label != BACKGROUND])[:DIGITS_SHOWN]:
+        places = numpy.argwhere(label == digit)
+        pixels.append(tuple(places[len(places) // 2].tolist()))
+    return pixels
 
-    They are the first ones, whatever the models make of them.
-    """
-    _, mild, strong = datasets
-    pairs = zip(mild[:SCENES_SHOWN], strong[:SCENES_SHOWN])
-    return [scene for pair in pairs for scene in pair]
 
-
-def predict(trainer: training.Trainer, scenes: list[tuple]) -> numpy.ndarray:
+def predict(trainer: training.Trainer, shown: dict[str, tuple]) -> numpy.ndarray:
     """Returns the classes of the pixels of scenes, as the trained model has them."""
     net = trainer.updater.get_optimizer('main').target.predictor
-    images = net.device.send(numpy.stack([image for image, _ in scenes]))
+    images = net.device.send(numpy.stack([image for image, _ in shown.values()]))
     with chainer.using_config('train', False), chainer.no_backprop_mode():
         return chainer.backends.cuda.to_cpu(net(images).array).argmax(axis=1)
 
@@ -155,54 +159,51 @@ def summarise(trainer: training.Trainer) -> dict:
     """Returns the figures of a model at the end of its training."""
     last = trainer.get_extension('LogReport').log[-1]
     net = trainer.updater.get_optimizer('main').target.predictor
-    result = {
+    return {
         'parameters': net.count_params(),
         'offset_parameters': sum(conv.count_params() for conv in net.offset_convs()),
+        'miou': {condition: round(last[key], 6) for key, condition in MIOUS.items()},
+        'seconds': round(trainer.elapsed_time, 1),
     }
-    for warps in WARPS:
-        names = 'miou', 'accuracy', *(f'iou/{name}' for name in PHOTOGRAPHS)
-        result[warps] = {name: round(last[f'{warps}/main/{name}'], 6) for name in names}
-    result['seconds'] = round(trainer.elapsed_time, 1)
-    return result
 
 
 def table(results: dict[str, dict]) -> str:
     """Returns the table of all models."""
+    conditions = ''.join(f'{condition:>9}' for condition in CONDITIONS)
     lines = [
-        '                                   mean IoU        accuracy',
-        'model       parameters  of offsets   mild  strong   mild  strong  seconds',
+        '                                   mean IoU',
+        f'model       parameters  of offsets{conditions}  seconds',
     ]
     for kind, result in results.items():
-        mild, strong = (result[warps] for warps in WARPS)
+        mious = ''.join(f'{miou:9.1%}' for miou in result['miou'].values())
         lines.append(
             f'{kind:10}  {result["parameters"]:10,}  {result["offset_parameters"]:10,}'
-            f'  {mild["miou"]:5.1%}  {strong["miou"]:6.1%}'
-            f'  {mild["accuracy"]:5.1%}  {strong["accuracy"]:6.1%}'
-            f'  {result["seconds"]:7.1f}'
+            f'{mious}  {result["seconds"]:7.1f}'
         )
     return '\n'.join(lines)
 
 
 def plot_predictions(
-    scenes: list[tuple], predictions: dict[str, numpy.ndarray]
+    shown: dict[str, tuple], predictions: dict[str, numpy.ndarray]
 ) -> Figure:
     """Returns a picture of scenes, their true classes, and those of each model."""
     columns = 2 + len(predictions)
-    size = 1.55 * columns, 1.55 * len(scenes) + 0.7
+    size = 1.9 * columns, 1.9 * len(shown) + 0.7
     figure = Figure(figsize=size, dpi=90, layout='constrained')
-    axes = figure.subplots(len(scenes), columns)
+    axes = figure.subplots(len(shown), columns)
     for ax, title in zip(axes[0], ['scene', 'truth', *predictions]):
         ax.set_title(title)
-    for i, (row, (image, truth)) in enumerate(zip(axes, scenes)):
+    for i, (row, (condition, (image, truth))) in enumerate(zip(axes, shown.items())):
         row[0].imshow(image[0], cmap='gray', vmin=0, vmax=1)
-        row[0].set_ylabel(WARPS[i % 2])
+        row[0].set_ylabel(condition)
         labels = [truth, *(predicted[i] for predicted in predictions.values())]
         for ax, label in zip(row[1:], labels):
             ax.imshow(label, COLOURS, vmin=0, vmax=COLOURS.N - 1, interpolation='none')
         for ax in row:
             ax.set(xticks=[], yticks=[])
-    handles = [Patch(color=c, label=n) for c, n in zip(COLOURS.colors, PHOTOGRAPHS)]
-    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles))
+    handles = [Patch(color=c, label=n) for c, n in zip(COLOURS.colors, CLASSES)]
+    handles = handles[:BACKGROUND]  # white needs no name
+    figure.legend(handles=handles, loc='outside lower center', ncols=5)
     return figure
 
 

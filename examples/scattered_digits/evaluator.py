@@ -14,9 +14,9 @@ from chainer.training import extensions
 
 
 class SegmentationEvaluator(extensions.Evaluator):
-    """Reports ``miou``, ``accuracy`` and, for each class, ``iou/<class>``.
+    """Reports ``iou/<class>`` for each class, and their mean, ``miou``.
 
-    All are those of the whole data set at once, not means over batches or images.
+    They are those of the whole data set at once, not means over batches or images.
 
     Args:
         iterator: Goes through the images and labels of the data set once.
@@ -53,7 +53,6 @@ class SegmentationEvaluator(extensions.Evaluator):
         with chainer.reporter.report_scope(observation):
             scores = {f'iou/{name}': value for name, value in zip(self.classes, iou)}
             scores['miou'] = numpy.nanmean(iou)
-            scores['accuracy'] = confusion.trace() / confusion.sum()
             chainer.report(scores, target)
         return observation
 
