@@ -1,4 +1,4 @@
-"""Times deformable convolution against its peers, and how it grows with its input.
+"""Times deformable operators against their peers, and how one grows with its input.
 
 ``python benchmarks/run.py`` compares on the CPU, each contestant in a process of its
 own; ``--growth`` takes growing images and batches; ``--device gpu`` compares on a GPU.
@@ -32,6 +32,7 @@ import tempfile
 from typing import NamedTuple
 
 import numpy
+import operators
 import reference
 import report as reporting
 
@@ -42,7 +43,9 @@ sys.path.insert(1, str(ROOT))  # the package need not be installed
 
 
 class Case(NamedTuple):
-    """Stride is 1, and the padding keeps the image's size."""
+    """A convolution; stride is 1, and the padding keeps the image's size."""
+
+    operator = peer = None  # all contestants take part
 
     n: int
     c: int
@@ -57,6 +60,9 @@ class Case(NamedTuple):
     def options(self) -> dict:
         return {'groups': self.groups, 'offset_groups': self.offset_groups}
 
+    def random_arrays(self) -> dict:
+        return random_arrays(self)
+
 
 CASES = {
     '1x64x64x56': Case(1, 64, 64, 56),
@@ -66,15 +72,17 @@ CASES = {
     '1x256x256x100': Case(1, 256, 256, 100),
     'modulated': Case(2, 64, 64, 56, offset_groups=4, mask=True),
     'depthwise': Case(2, 128, 128, 56, groups=128),
+    **operators.CASES,
 }
-QUICK_CASES = {'tiny': Case(1, 8, 8, 12)}
+QUICK_CASES = {'tiny': Case(1, 8, 8, 12), **operators.QUICK_CASES}
 # Name: whether gradients are computed, too.
 PASSES = {'forward': False, 'forward + backward': True}
 
 OURS = 'chainer_deform'
+OURS_WITHOUT_NUMBA = 'chainer_deform, no Numba'
 CONTESTANTS = (
     OURS,
-    'chainer_deform, no Numba',
+    OURS_WITHOUT_NUMBA,
     "Chainer's own",
     'torchvision',
     'onnxruntime',
@@ -105,7 +113,11 @@ NOTES = CONDITIONS + (
     'its results and with what the contestant sets aside for all runs on the case; '
     'beside_mib is without the results. error is the largest, relative to the largest '
     'number expected. The matrix product is that of NumPy and its BLAS, on all columns '
-    'at once: a contestant with a matrix product of its own may be faster.'
+    'at once: a contestant with a matrix product of its own may be faster. '
+    'Operators beside the convolution have a peer, and are compared with its results, '
+    'as far as it has them. In the process of torchvision, DCNv3 and attention are '
+    'compositions of grid_sample, and RoI align has each bin as a box, for which there '
+    'is no gradient; this package computes that, too.'
 )
 
 # What layers of 14 x 14 often have. With fewer, what Chainer takes and what is done
@@ -161,7 +173,7 @@ def parse_args() -> argparse.Namespace:
 
         known = gpu.CASES
     else:
-        known = CASES
+        known = QUICK_CASES if args.quick else CASES
     if args.case and not set(args.case) <= set(known):
         parser.error(f'--case takes {", ".join(known)}')
     if min(args.repeat, *args.threads) < 1:
@@ -186,21 +198,36 @@ def compare(args, folder: pathlib.Path):
         workers, probes, found = start(args.threads, folder, stack)
         rows, second_order = [], {}
         for name, case in cases.items():
-            arrays = random_arrays(case)
+            arrays = case.random_arrays()
             numpy.savez(folder / 'arrays.npz', **arrays)
-            expected = reference.deformable_convolution(**arrays, **case.options)
+            taking_part = {
+                key: worker
+                for key, worker in workers.items()
+                if case.peer is None or key[0] in (OURS, OURS_WITHOUT_NUMBA, case.peer)
+            }
+            expected = {}
+            if case.peer is None:
+                expected = reference.deformable_convolution(**arrays, **case.options)
             for pass_, backward in PASSES.items():
+                with contextlib.suppress(Failure, KeyError):  # its rows give the reason
+                    if case.peer is not None:
+                        peer = workers[case.peer, min(args.threads)]
+                        peer.load(case, backward)
+                        expected.update(peer.results())
                 new = []
-                for (contestant, threads), worker in workers.items():
+                for (contestant, threads), worker in taking_part.items():
                     row = {'case': name, 'pass': pass_}
                     row.update(contestant=contestant, threads=threads)
-                    wanted = expected if backward else {'y': expected['y']}
-                    if contestant in EXEMPT:
+                    new.append(row)
+                    wanted = {k: v for k, v in expected.items() if backward or k == 'y'}
+                    if contestant in (*EXEMPT, case.peer):
                         wanted = {}
+                    elif not wanted:
+                        row['reason'] = f'no {case.peer} to agree with'
+                        continue
                     probe = probes[contestant, threads]
                     row.update(check(worker, probe, case, backward, wanted))
-                    new.append(row)
-                take_times(new, workers.values(), args.repeat, args.pause)
+                take_times(new, taking_part.values(), args.repeat, args.pause)
                 add_ratios(new)
                 rows += new
                 items = (f'{k} {v}' for k, v in case._asdict().items())
@@ -208,6 +235,8 @@ def compare(args, folder: pathlib.Path):
                 print(reporting.table(new), flush=True)
                 if gains := reporting.thread_gains(new, OURS):
                     print(gains, flush=True)
+            if case.operator is not None:
+                continue
             with contextlib.suppress(Failure, KeyError):  # its rows give the reason
                 ours = workers[OURS, min(args.threads)]
                 second_order[name] = ours.ask('second_order')
@@ -348,8 +377,13 @@ class Worker:
         self.send('start', name=name, threads=threads)
 
     def load(self, case: Case, backward: bool) -> None:
-        arrays = str(self.folder / 'arrays.npz')
-        self.ask('load', arrays=arrays, options=case.options, backward=backward)
+        self.ask(
+            'load',
+            arrays=str(self.folder / 'arrays.npz'),
+            options=case.options,
+            backward=backward,
+            operator=case.operator,
+        )
 
     def results(self) -> dict:
         path = self.folder / 'results.npz'

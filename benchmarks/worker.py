@@ -3,12 +3,16 @@
 It reads a JSON object from each line of its input, the name and the arguments of a
 command, and answers with one on a line of its output. It runs under any Python that has
 NumPy and the contestant's own library.
+
+A contestant's ``make(arrays, options, backward)`` returns a run of a convolution, a
+function that returns results by name; ``make_operator`` one of another operator.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -36,7 +40,13 @@ class ChainerDeform:
         self.function = chainer_deform.functions.deformable_convolution_2d_sampler
 
     def make(self, arrays: dict, options: dict, backward: bool):
-        return chainer_run(self.function, arrays, backward, **options)
+        return convolution_run(self.function, arrays, backward, **options)
+
+    def make_operator(self, operator: str, arrays: dict, options: dict, backward: bool):
+        import chainer_deform
+
+        function = getattr(chainer_deform.functions, operator)
+        return chainer_run(function, arrays, backward, **options)
 
     def second_order(self, arrays: dict, options: dict) -> dict:
         """CPU seconds of all first gradients, and of the gradients of all these."""
@@ -87,7 +97,7 @@ class ChainersOwn:
             raise NotImplementedError('has no mask')
         if options['groups'] > 1 or options['offset_groups'] > 1:
             raise NotImplementedError('has no groups')
-        return chainer_run(self.function, arrays, backward)
+        return convolution_run(self.function, arrays, backward)
 
 
 class Convolution:
@@ -104,7 +114,8 @@ class Convolution:
 
     def make(self, arrays, options, backward):
         arrays = {name: arrays[name] for name in ('x', 'W', 'b', 'gy')}
-        return chainer_run(self.function, arrays, backward, groups=options['groups'])
+        groups = options['groups']
+        return convolution_run(self.function, arrays, backward, groups=groups)
 
 
 class MatrixProduct:
@@ -154,26 +165,34 @@ class Torchvision:
     def make(self, arrays, options, backward):
         # The numbers of groups follow from the shapes.
         pad = arrays['W'].shape[2] // 2
+
+        def convolve(x, offset, W, b, mask=None):
+            return self.function(x, offset, W, b, padding=pad, mask=mask)
+
+        return self._run(convolve, arrays, backward)
+
+    def make_operator(self, operator, arrays, options, backward):
+        import torch_operators
+
+        function = getattr(torch_operators, operator)
+        return self._run(functools.partial(function, **options), arrays, backward)
+
+    def _run(self, function, arrays, backward):
         tensors = {name: self.from_numpy(array) for name, array in arrays.items()}
         gy = tensors.pop('gy')
+        constants = {name: tensors.pop(name) for name in CONSTANTS if name in tensors}
 
         def run():
             inputs = {
                 name: tensor.detach().requires_grad_(backward)
                 for name, tensor in tensors.items()
             }
-            y = self.function(
-                inputs['x'],
-                inputs['offset'],
-                inputs['W'],
-                inputs['b'],
-                padding=pad,
-                mask=inputs.get('mask'),
-            )
+            y = function(**inputs, **constants)
             results = {'y': y.detach()}
             if backward:
                 y.backward(gy)
-                results.update((f'g{name}', v.grad) for name, v in inputs.items())
+                gradients = ((f'g{name}', v.grad) for name, v in inputs.items())
+                results.update(pair for pair in gradients if pair[1] is not None)
             return results
 
         return run
@@ -239,6 +258,7 @@ class OpenVino:
 
     def __init__(self, threads: int) -> None:
         import openvino
+        import openvino.opset1
         import openvino.opset8
 
         self.openvino, self.threads = openvino, threads
@@ -269,8 +289,33 @@ class OpenVino:
             bilinear_interpolation_pad=True,
         )
         y = opset.add(y, opset.constant(arrays['b'].reshape(1, -1, 1, 1)))
+        return self._run(y, [x, offset, mask], inputs)
+
+    def make_operator(self, operator, arrays, options, backward):
+        if backward:
+            raise NotImplementedError('has no backward pass')
+        opset = self.openvino.opset1
+        # (R, 5): the image, then x before y
+        boxes = arrays['roi_indices'][:, None], arrays['rois'][:, [1, 0, 3, 2]]
+        boxes = numpy.concatenate(boxes, 1).astype('float32')
+        inputs = [arrays['x'], boxes, arrays['offset']]
+        nodes = [opset.parameter(a.shape, numpy.float32) for a in inputs]
+        y = opset.deformable_psroi_pooling(
+            *nodes[:2],
+            output_dim=arrays['gy'].shape[1],
+            spatial_scale=options['spatial_scale'],
+            group_size=options['group_size'],
+            spatial_bins_x=options['sampling_ratio'],
+            spatial_bins_y=options['sampling_ratio'],
+            trans_std=options['gamma'],
+            part_size=options['outsize'],
+            offsets=nodes[2],
+        )
+        return self._run(y, nodes, inputs)
+
+    def _run(self, y, nodes, inputs):
         compiled = self.openvino.Core().compile_model(
-            self.openvino.Model([y], [x, offset, mask]),
+            self.openvino.Model([y], nodes),
             'CPU',
             {
                 'INFERENCE_NUM_THREADS': self.threads,
@@ -294,22 +339,29 @@ CONTESTANTS = {
 }
 
 
+#: Arguments without a gradient.
+CONSTANTS = 'rois', 'roi_indices'
+
+
+def convolution_run(function, arrays, backward, **options):
+    pad = arrays['W'].shape[2] // 2
+    return chainer_run(function, arrays, backward, pad=pad, **options)
+
+
 def chainer_run(function, arrays, backward, **options):
     """A run of a function of Chainer's kind."""
     import chainer
 
-    pad = arrays['W'].shape[2] // 2
     arrays = dict(arrays)
     gy = arrays.pop('gy')
-    order = [name for name in ('x', 'offset', 'W', 'b') if name in arrays]
+    constants = {name: arrays.pop(name) for name in CONSTANTS if name in arrays}
 
     def run():
         inputs = {
             name: chainer.Variable(array, requires_grad=backward)
             for name, array in arrays.items()
         }
-        mask = {name: inputs[name] for name in ('mask',) if name in inputs}
-        y = function(*(inputs[name] for name in order), 1, pad, **mask, **options)
+        y = function(**inputs, **constants, **options)
         results = {'y': y.array}
         if backward:
             y.grad = gy
@@ -353,23 +405,29 @@ class Commands:
         numpy.matmul(square, square)
         return {'libraries': libraries()}
 
-    def load(self, arrays: str, options: dict, backward: bool) -> None:
-        """Prepares to run on the arrays of a file."""
+    def load(
+        self, arrays: str, options: dict, backward: bool, operator: str | None
+    ) -> None:
+        """Prepares to run on the arrays of a file; no operator is the convolution."""
         self.arguments = None
         self.run = None
         with numpy.load(arrays) as archive:
             arrays = dict(archive)
-        if self.contestant.interleaved:
+        self.interleaved = self.contestant.interleaved and operator is None
+        if self.interleaved:
             arrays['offset'] = interleave(arrays['offset'], options['offset_groups'])
-        self.offset_groups = options['offset_groups']
         self.arguments = arrays, options, backward
-        self.run = self.contestant.make(*self.arguments)
+        self.make = self.contestant.make
+        if operator is not None:
+            self.make = functools.partial(self.contestant.make_operator, operator)
+        self.run = self.make(*self.arguments)
 
     def results(self, path: str) -> None:
         """Runs, and writes ``y`` and the gradients to a file."""
         results = {name: numpy.asarray(array) for name, array in self.run().items()}
-        if self.contestant.interleaved and 'goffset' in results:
-            results['goffset'] = separate(results['goffset'], self.offset_groups)
+        if self.interleaved and 'goffset' in results:
+            groups = self.arguments[1]['offset_groups']
+            results['goffset'] = separate(results['goffset'], groups)
         numpy.savez(path, **results)
 
     def time(self, pause: float) -> dict:
@@ -401,7 +459,7 @@ class Commands:
                 self.run = None
                 trim()
                 before = resident('VmRSS:')
-                self.run = self.contestant.make(*self.arguments)
+                self.run = self.make(*self.arguments)
                 trim()
                 with open('/proc/self/clear_refs', 'w') as file:
                     file.write('5')  # the peak starts anew

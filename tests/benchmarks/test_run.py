@@ -54,9 +54,7 @@ def test_comparison(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {'.json', '.png'}
     report = json.loads(next(tmp_path.glob('*-cpu.json')).read_text())
     for pass_ in 'forward', 'forward + backward':
-        rows = {
-            row['contestant']: row for row in report['rows'] if row['pass'] == pass_
-        }
+        rows = rows_of(report, 'tiny', pass_)
         assert rows.keys() >= ALWAYS_THERE
         for name in ALWAYS_THERE:
             assert 'reason' not in rows[name]
@@ -64,8 +62,27 @@ def test_comparison(tmp_path):
             assert rows[name]['cpu_ratio'] > 0
             assert name in result.stdout
             assert_recorded(report['blas'][name]['1'], result.stdout)
-    # The others are there, too, or it is said why they are not.
-    assert rows.keys() | report['missing'] == set(report['contestants'])
+        # The others are there, too, or it is said why they are not.
+        assert rows.keys() | report['missing'] == set(report['contestants'])
+        for name, peer in ('attention', 'torchvision'), ('PS RoI', 'OpenVINO'):
+            rows = rows_of(report, f'tiny {name}', pass_)
+            assert rows.keys() <= {'chainer_deform', 'chainer_deform, no Numba', peer}
+            ours = rows['chainer_deform']
+            if peer in report['missing']:
+                assert ours['reason'] == f'no {peer} to agree with'
+            else:
+                assert 0 < ours['error'] < 1e-5
+                assert ours['cpu_ms'] > 0
+                assert peer in rows
+
+
+def rows_of(report, case, pass_):
+    """The rows by contestant."""
+    return {
+        row['contestant']: row
+        for row in report['rows']
+        if (row['case'], row['pass']) == (case, pass_)
+    }
 
 
 def assert_recorded(libraries, printed):
@@ -107,21 +124,28 @@ def test_those_that_fail_do_not_stop_the_others(tmp_path):
         f'PYTHONPATH={peer} exec {sys.executable} "$@"',
     )
     environment = {'TORCHVISION_PYTHON': python, 'PYTHONPATH': str(modules)}
-    result = run('--quick', '--out', tmp_path / 'out', **environment)
+    cases = '--case', 'tiny', 'tiny attention'
+    result = run('--quick', '--out', tmp_path / 'out', *cases, **environment)
     assert (result.returncode, result.stderr) == (0, '')
     report = json.loads(next((tmp_path / 'out').glob('*.json')).read_text())
-    rows = {(row['contestant'], row['pass']): row for row in report['rows']}
     for pass_, reason in {
         'forward': 'wrong: y is off by 1e+00',
         'forward + backward': 'died (SIGKILL)',
     }.items():
-        assert rows['torchvision', pass_]['reason'] == reason
-        assert rows['chainer_deform', pass_]['reason'] == 'died (SIGKILL)'
+        rows = rows_of(report, 'tiny', pass_)
+        assert rows['torchvision']['reason'] == reason
+        assert rows['chainer_deform']['reason'] == 'died (SIGKILL)'
         assert reason in result.stdout
         for name in 'torchvision', 'chainer_deform':
-            assert not {'wall_ms', 'cpu_ms'} & rows[name, pass_].keys()
+            assert not {'wall_ms', 'cpu_ms'} & rows[name].keys()
         for name in ALWAYS_THERE - {'chainer_deform'}:
-            assert rows[name, pass_]['cpu_ms'] > 0
+            assert rows[name]['cpu_ms'] > 0
+        # This peer fails, so there is nothing that others could agree with.
+        rows = rows_of(report, 'tiny attention', pass_)
+        assert 'reason' in rows['torchvision']
+        others = rows['chainer_deform, no Numba']
+        assert others['reason'] == 'no torchvision to agree with'
+        assert 'cpu_ms' not in others
 
 
 def test_growth(tmp_path):
@@ -172,6 +196,30 @@ def test_offsets_are_exact_and_never_on_a_lattice_line(bench):
     for place in -1, 400:
         at = numpy.float32(place) + offset
         numpy.testing.assert_array_equal(at, place + offset.astype(float))
+
+
+@pytest.mark.parametrize('name', ['decoder', 'RoI align, 128 boxes', 'PS RoI, 1 class'])
+def test_points_of_operators_are_clear_of_lattice_lines_and_borders(bench, name):
+    """Rounding errors of float32 do not move them to other pixels."""
+    case = bench.CASES[name]
+    arrays = case.random_arrays()
+    if name == 'decoder':
+        sides = numpy.array([(w, h) for h, w in case.options['shapes']])
+        places = arrays['locations'] * sides.reshape(-1, 1, 2).astype('f') - 0.5
+    else:
+        moves = case.options['gamma'] * arrays['offset'].astype(float)
+        rois = arrays['rois'] * case.options['spatial_scale']
+        if 'classes' in case.sizes:
+            rois[:, 2:] += case.options['spatial_scale']
+        sizes = rois[:, 2:] - rois[:, :2]
+        assert (rois[:, :2] % 1 == 0).all()
+        assert (sizes % 7 == 0).all()
+        assert rois.min() >= 0
+        assert (rois[:, 2:] <= arrays['x'].shape[2:]).all()
+        # Without offsets, quarters of a pixel, as lattice lines and borders are.
+        moves = moves.reshape(len(rois), -1, 2, 7, 7)[:, :, ::-1]
+        places = 4 * moves * sizes[:, None, :, None, None]
+    assert (abs(places - places.round()) > 1 / 512).all()
 
 
 class FakeWorker:
