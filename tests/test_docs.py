@@ -187,9 +187,9 @@ def test_picture(text, tmp_path):
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path):
-    """It runs, and is kept without results: those are made when the pages are built."""
-    run_python(tmp_path, 'notebook.py', notebook(path))
+def test_notebook(path):
+    """It is kept without results: ``make docs`` runs it, and fails where it fails."""
+    compile(notebook(path), path.name, 'exec')
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     assert not any(cell.get('outputs') for cell in cells)
 
