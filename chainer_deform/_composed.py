@@ -43,7 +43,7 @@ _local = _Local()
 
 
 def composed(compute: Callable) -> Callable:
-    """Decorates what a function does once its arguments are checked.
+    """Decorator of the part of a function that computes, after the checks.
 
     Positional arguments are the arrays, keywords the options.
     """

@@ -17,7 +17,7 @@ from chainer_deform.links import (
 
 #: What can be replaced.
 _CONVOLUTIONS = L.Convolution2D, L.DilatedConvolution2D
-#: What is left as it is, with all that is inside of it.
+#: Layers that are not changed, nor are the links inside of them.
 _DEFORMABLE = DeformableConvolution2D, DCNv3, DCNv4, DeformablePSRoIPooling2D
 #: Options that the convolution decides.
 _DECIDED = frozenset(

@@ -17,7 +17,7 @@ from chainer_deform.functions.deformable_ps_roi_average_pooling_2d import (
     points as ps_roi_points,
 )
 from chainer_deform.functions.deformable_roi_average_align_2d import (
-    _checked_ratio as checked_ratio,
+    checked_ratio,
 )
 from chainer_deform.functions.deformable_roi_average_align_2d import (
     points as roi_points,
@@ -490,7 +490,7 @@ def hook_on(layers: Mapping[str, chainer.Link]) -> SamplingHook:
 
 
 class Recorder:
-    """Makes the records of calls, from what a link hook is given.
+    """Makes the records of calls; a link hook passes its arguments to it.
 
     A layer that makes its own offsets is recorded by what it gives to its function, the
     last time in a call: RoI pooling pools without offsets before. A call that fails

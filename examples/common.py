@@ -57,6 +57,15 @@ def make_parser(doc: str, models: Iterable[str]) -> Parser:
     return parser
 
 
+def run_script(parser: Parser, run: Callable[[argparse.Namespace], None]) -> None:
+    """Runs a script with its options; of a failure it says in one line what it is."""
+    args = parser.parse_args()
+    try:
+        run(args)
+    except Failure as failure:
+        parser.error(str(failure))
+
+
 def integer(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
     """Returns the type of an option that is an integer from ``low`` to ``high``."""
 

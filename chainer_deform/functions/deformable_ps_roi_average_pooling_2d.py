@@ -217,7 +217,7 @@ def points(rois, offset, x_size, *, out_size, spatial_scale, ratio, gamma, dtype
         else:
             inside.append(~((array < -0.5) | (array > x_size[axis] - 0.5)))
 
-    # What is left out of the mean goes far outside, where it reads nothing.
+    # Samples that do not count are moved far outside, where they read nothing.
     counts = [array.sum(1, keepdims=True) for array in inside]
     any_inside = counts[0] * counts[1] > 0
     inside = [array & any_inside for array in inside]

@@ -114,7 +114,7 @@ def deformable_roi_average_align_2d(
     out_size = pair('outsize', outsize, minimum=1)
     options = {
         'spatial_scale': positive('spatial_scale', spatial_scale),
-        'ratio': _checked_ratio(sampling_ratio),
+        'ratio': checked_ratio(sampling_ratio),
         'gamma': finite('gamma', gamma),
         'aligned': boolean('aligned', aligned),
     }
@@ -187,7 +187,7 @@ def points(rois, offset, *, spatial_scale, ratio, gamma, aligned, dtype) -> tupl
     return locations, inside
 
 
-def _checked_ratio(ratio) -> tuple:
+def checked_ratio(ratio) -> tuple:
     """``sampling_ratio`` as a pair, each an int or None."""
     if not hasattr(ratio, '__len__') or len(ratio) != 2:
         ratio = ratio, ratio

@@ -155,22 +155,27 @@ class DCNv3(chainer.Chain):
         n, channels, h, w = mask.shape
         groups = n, self.offset_groups, channels // self.offset_groups, h, w
         mask = F.reshape(F.softmax(F.reshape(mask, groups), axis=2), mask.shape)
-        y = dcn_v3_2d(
-            projected,
-            offset,
-            mask,
-            self.ksize,
-            self.stride,
-            self.pad,
-            self.dilate,
-            offset_groups=self.offset_groups,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
+        y = sampled(self, projected, offset, mask)
         if self.center_scale:
             share = self.center_conv(features)
             y = with_center(y, projected[:, :, ::sy, ::sx], share)
         return self.output_proj(y)
+
+
+def sampled(layer, projected, offset, mask) -> chainer.Variable:
+    """What the taps of a layer read, with the layer's options."""
+    return dcn_v3_2d(
+        projected,
+        offset,
+        mask,
+        layer.ksize,
+        layer.stride,
+        layer.pad,
+        layer.dilate,
+        offset_groups=layer.offset_groups,
+        offset_scale=layer.offset_scale,
+        remove_center=layer.remove_center,
+    )
 
 
 def checked_geometry(

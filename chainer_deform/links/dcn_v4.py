@@ -7,10 +7,10 @@ import chainer.functions as F
 import chainer.links as L
 
 from chainer_deform._checks import boolean, integer, positive
-from chainer_deform.functions.dcn_v3_2d import dcn_v3_2d
 from chainer_deform.links.dcn_v3 import (
     checked_geometry,
     depthwise_convolution,
+    sampled,
     with_center,
 )
 from chainer_deform.links.deformable_convolution_2d import check_images
@@ -173,18 +173,7 @@ class DCNv4(chainer.Chain):
         features = x[:, :, ::sy, ::sx] if self.dw_conv is None else self.dw_conv(x)
         predicted = self.offset_conv(features)
         offset, mask = F.split_axis(predicted, [predicted.shape[1] // 3 * 2], axis=1)
-        y = dcn_v3_2d(
-            projected,
-            offset,
-            mask,
-            self.ksize,
-            self.stride,
-            self.pad,
-            self.dilate,
-            offset_groups=self.offset_groups,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
+        y = sampled(self, projected, offset, mask)
         if self.center_scale:
             share = self.center_conv(y)
             y = with_center(y, projected[:, :, ::sy, ::sx], share)

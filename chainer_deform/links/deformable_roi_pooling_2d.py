@@ -11,7 +11,7 @@ from chainer_deform.functions.deformable_ps_roi_average_pooling_2d import (
     deformable_ps_roi_average_pooling_2d,
 )
 from chainer_deform.functions.deformable_roi_average_align_2d import (
-    _checked_ratio,
+    checked_ratio,
     deformable_roi_average_align_2d,
 )
 from chainer_deform.links.deformable_convolution_2d import check_images
@@ -88,7 +88,7 @@ class DeformableRoIPooling2D(chainer.Chain):
         self.in_channels = in_channels
         self.outsize = pair('outsize', outsize, minimum=1)
         self.spatial_scale = positive('spatial_scale', spatial_scale)
-        _checked_ratio(sampling_ratio)
+        checked_ratio(sampling_ratio)
         self.sampling_ratio = sampling_ratio
         self.modulated = boolean('modulated', modulated)
         self.fc_size = integer('fc_size', fc_size, minimum=1)

@@ -405,8 +405,8 @@ _BODIES['sample'] = """
     }
 """
 
-# Adds up what the points of a group have at an output position; a lane has the sums of
-# HELD vectors of channels at a time.
+# Adds up the samples of a group at an output position. A lane sums HELD vectors of
+# channels at a time.
 _BODIES['sample_sum'] = """
     const unsigned long long thread = i;
     const int lane = thread % LANES, group = thread / LANES % OG;

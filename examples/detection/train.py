@@ -40,11 +40,7 @@ def main() -> None:
     add('--scenes', type=common.integer(1), help='scenes to train on')
     add('--device', help='@numpy for the CPU, @cupy:0 or 0 for a GPU')
     parser.set_defaults(scenes=600, batchsize=8, device='@numpy')
-    args = parser.parse_args()
-    try:
-        run(args)
-    except Failure as failure:
-        parser.error(str(failure))
+    common.run_script(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,11 +39,7 @@ def main() -> None:
     parser.add_argument(
         '--device', default='@numpy', help='@numpy for the CPU, @cupy:0 or 0 for a GPU'
     )
-    args = parser.parse_args()
-    try:
-        run(args)
-    except Failure as failure:
-        parser.error(str(failure))
+    common.run_script(parser, run)
 
 
 def make_parser(doc: str) -> common.Parser:

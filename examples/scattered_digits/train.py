@@ -46,11 +46,7 @@ def main() -> None:
     parser.set_defaults(
         scenes=600, test_scenes=100, epoch=12, batchsize=16, device='@numpy'
     )
-    args = parser.parse_args()
-    try:
-        run(args)
-    except Failure as failure:
-        parser.error(str(failure))
+    common.run_script(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,9 +2,23 @@
 
 import chainer
 import numpy
+import pytest
+from chainer import gradient_check
 
 from tests import reference
 from tests.cases import assert_close
+
+#: Dtypes of images and weights, and of what says where the points are.
+every_dtype = pytest.mark.parametrize(
+    ('dtype', 'offset_dtype'),
+    [
+        ('float64', 'float64'),
+        ('float32', 'float32'),
+        ('float16', 'float16'),
+        ('float16', 'float32'),
+        ('float32', 'float64'),
+    ],
+)
 
 
 def run(function, arrays, options, gy=None):
@@ -63,6 +77,21 @@ def check_second_order(function, arrays, options):
             continue
         assert gradient.dtype == array.dtype, name
         assert_close(gradient.array, expected[name], name)
+
+
+def check_finite_differences(function, arrays, options):
+    """The gradients of all gradients, in the directions of random numbers."""
+    y = run(function, arrays, options)
+    random = numpy.random.RandomState(3)
+    gradient_check.check_double_backward(
+        lambda *args: function(**dict(zip(arrays, args)), **options),
+        tuple(arrays.values()),
+        random.uniform(-1, 1, y.shape),
+        tuple(random.uniform(-1, 1, a.shape) for a in arrays.values()),
+        eps=1e-5,
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def check_case(function, arrays, options, y, gradients, atol=1e-12):

@@ -3,12 +3,17 @@
 import chainer
 import numpy
 import pytest
-from chainer import gradient_check
 from chainer.utils.type_check import InvalidType
 
 from chainer_deform.functions import deformable_ps_roi_average_pooling_2d
 from tests.cases import assert_close
-from tests.functions.operators import check_first_order, check_second_order, run
+from tests.functions.operators import (
+    check_finite_differences,
+    check_first_order,
+    check_second_order,
+    every_dtype,
+    run,
+)
 
 #: Over borders, beside the image, a point, halves to round, upside down.
 ROIS = [
@@ -85,16 +90,7 @@ def arguments(
 
 
 @every_case
-@pytest.mark.parametrize(
-    ('dtype', 'offset_dtype'),
-    [
-        ('float64', 'float64'),
-        ('float32', 'float32'),
-        ('float16', 'float16'),
-        ('float16', 'float32'),
-        ('float32', 'float64'),
-    ],
-)
+@every_dtype
 def test_output_and_gradients(case, classes, dtype, offset_dtype):
     check_first_order(
         deformable_ps_roi_average_pooling_2d,
@@ -110,19 +106,7 @@ def test_second_order(case, classes):
 def test_finite_differences():
     """No sample joins or leaves a mean here as it moves by 1e-5."""
     arrays, options = arguments(*CASES['classes'], rois=ROIS[:3], indices=INDICES[:3])
-    y = run(deformable_ps_roi_average_pooling_2d, arrays, options)
-    random = numpy.random.RandomState(3)
-    gradient_check.check_double_backward(
-        lambda x, offset: deformable_ps_roi_average_pooling_2d(
-            x, offset=offset, **options
-        ),
-        tuple(arrays.values()),
-        random.uniform(-1, 1, y.shape),
-        tuple(random.uniform(-1, 1, a.shape) for a in arrays.values()),
-        eps=1e-5,
-        rtol=1e-4,
-        atol=1e-4,
-    )
+    check_finite_differences(deformable_ps_roi_average_pooling_2d, arrays, options)
 
 
 def test_constant_cells_are_read_by_their_bins():
