@@ -15,8 +15,8 @@ STAMP := $(VENV)/installed-$(firstword $(shell echo '$(PYTHON) $(NUMPY)' | cksum
 PYTHON_STAMP := installed-$(firstword $(shell echo '$(PYTHON)' | cksum))
 DEMO := $(VENV)/demo
 
-.PHONY: help demo bench docs test test-numpy test-mpi test-cuda-compile test-gpu \
-	gpu-report sanitize lint format dist clean
+.PHONY: help demo bench docs test test-numpy test-mpi test-peers test-cuda-compile \
+	test-gpu gpu-report sanitize lint format dist clean
 
 help:
 	@echo 'make demo    set up $(DEMO), train a plain and a deformable model, draw its points'
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench   also install the peers, time them on the CPU; takes some minutes'
 	@echo 'make test-numpy    run every function of Chainer on NumPy 1.26 and on the newest'
 	@echo 'make test-mpi    also install an MPI, train with two processes'
+	@echo 'make test-peers    also install the peers, compare results with OpenVINO'
 	@echo 'make test-cuda-compile    also install NVRTC, compile every GPU kernel; no GPU needed'
 	@echo 'make test-gpu    run the tests that need a GPU, with $(PYTHON) as it is'
 	@echo 'make gpu-report    tests, times against torchvision, counters; ten minutes on a GPU'
@@ -78,6 +79,10 @@ $(STAMP)-bench: $(STAMP)
 bench: $(STAMP)-bench
 	$(VENV)/bin/python benchmarks/run.py --device cpu
 	$(VENV)/bin/python benchmarks/run.py --growth
+
+# OpenVINO is too large to be installed for all tests.
+test-peers: $(STAMP)-bench
+	$(VENV)/bin/python -m pytest tests/functions -k openvino
 
 $(STAMP)-docs: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
